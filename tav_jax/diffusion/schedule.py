@@ -1,0 +1,149 @@
+"""The noise schedule and one deterministic DDIM step, in either direction.
+
+With ᾱ the cumulated product of 1 − β, a latent at level ᾱ is `x = √ᾱ·x0 + √(1−ᾱ)·ε`. A network predicts ε, or the
+velocity `v = √ᾱ·ε − √(1−ᾱ)·x0`. One DDIM step reads x0 and ε off a prediction at one level and composes them again at
+another; sampling goes up in ᾱ, inversion goes down, and both are the same function.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tav_jax.errors import InputError, WeightsError
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+class Ladder(NamedTuple):
+    """The steps of one walk. Row i: ask the network at `timesteps[i]`, go from level `start[i]` to level `end[i]`."""
+
+    timesteps: Int[np.ndarray, "steps"]
+    start: Float[np.ndarray, "steps"]
+    end: Float[np.ndarray, "steps"]
+
+
+def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
+    """float32, with torch's rounding: the tables are Diffusers' to the last bit."""
+    if schedule == "linear":
+        return _linspace(first, last, count)
+    if schedule == "scaled_linear":
+        return _linspace(math.sqrt(first), math.sqrt(last), count) ** 2
+    if schedule == "squaredcos_cap_v2":
+
+        def level(u):
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        return np.array([min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)], np.float32)
+    raise WeightsError(
+        f"the scheduler's beta_schedule is {schedule!r}; known are 'scaled_linear' (Stable Diffusion's), 'linear' and "
+        "'squaredcos_cap_v2'. Mend scheduler/scheduler_config.json."
+    )
+
+
+def _linspace(first: float, last: float, count: int) -> np.ndarray:
+    """torch.linspace in float32: counted from the nearer end, each value rounded once (a fused multiply-add)."""
+    first, last = np.float32(first), np.float32(last)
+    step = np.float64((last - first) / np.float32(max(count - 1, 1)))
+    i = np.arange(count)
+    up, down = np.float64(first) + step * i, np.float64(last) - step * (count - 1 - i)
+    return np.where(i < count // 2, up, down).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A pipeline's noise schedule, read as DDIM: no clipping of x0, steps offset by one, η = 0."""
+
+    levels: Float[np.ndarray, "train_steps"]  # ᾱ for each training timestep
+    final: float  # ᾱ beyond the first timestep
+    prediction: Prediction
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """From a Diffusers scheduler config of any class: only its noise and its prediction type are taken."""
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise WeightsError(
+                f"the scheduler's prediction_type is {prediction!r}; only 'epsilon' and 'v_prediction' can be tuned and "
+                "inverted. Mend scheduler/scheduler_config.json if the weights predict one of these."
+            )
+        if config.get("rescale_betas_zero_snr"):
+            raise WeightsError(
+                "the scheduler's rescale_betas_zero_snr is true: its last level holds no signal and cannot be inverted. "
+                "Set it to false in scheduler/scheduler_config.json, or use a pipeline with the usual schedule."
+            )
+        if config.get("trained_betas") is not None:
+            betas = np.asarray(config["trained_betas"], np.float32)
+        else:
+            betas = _betas(
+                config.get("beta_schedule", "linear"),
+                config.get("beta_start", 0.0001),
+                config.get("beta_end", 0.02),
+                config.get("num_train_timesteps", 1000),
+            )
+        # torch multiplies up in float64 and rounds each product once.
+        levels = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
+        return cls(levels, 1.0 if config.get("set_alpha_to_one", True) else float(levels[0]), prediction)
+
+    @property
+    def train_steps(self) -> int:
+        return len(self.levels)
+
+    def _rungs(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Timesteps from 1 upwards, the level at each, and the level one step below it."""
+        limit = self.train_steps - 1
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= limit:
+            raise InputError(f"steps is {steps!r}; it must be a whole number from 1 to {limit}, 50 is usual")
+        stride = self.train_steps // int(steps)
+        t = stride * np.arange(steps) + 1
+        # JAX would wrap a negative index silently, so the tables are read here, in numpy, where the case is spelled out.
+        below = np.where(t - stride < 0, np.float32(self.final), self.levels[np.maximum(t - stride, 0)])
+        return t.astype(np.int32), self.levels[t], below.astype(np.float32)
+
+    def sampling(self, steps: int) -> Ladder:
+        """From noise to picture: for 50 steps the timesteps 981, 961, … 1."""
+        t, level, below = self._rungs(steps)
+        return Ladder(t[::-1].copy(), level[::-1].copy(), below[::-1].copy())
+
+    def inversion(self, steps: int) -> Ladder:
+        """From picture to noise: for 50 steps the timesteps 1, 21, … 981."""
+        t, level, below = self._rungs(steps)
+        return Ladder(t, below, level)
+
+
+def add_noise(x0: Float[Array, "*s"], noise: Float[Array, "*s"], level: Float[Array, ""]) -> Float[Array, "*s"]:
+    return jnp.sqrt(level) * x0 + jnp.sqrt(1 - level) * noise
+
+
+def velocity(x0: Float[Array, "*s"], noise: Float[Array, "*s"], level: Float[Array, ""]) -> Float[Array, "*s"]:
+    return jnp.sqrt(level) * noise - jnp.sqrt(1 - level) * x0
+
+
+def move(
+    x: Float[Array, "*s"],
+    predicted: Float[Array, "*s"],
+    start: Float[Array, ""],
+    end: Float[Array, ""],
+    prediction: Prediction,
+) -> Float[Array, "*s"]:
+    """One DDIM step: x at level `start` to level `end`, along the predicted noise or velocity."""
+    signal, noise = jnp.sqrt(start), jnp.sqrt(1 - start)
+    if prediction == "epsilon":
+        eps = predicted
+        x0 = (x - noise * eps) / signal
+    else:
+        x0 = signal * x - noise * predicted
+        eps = signal * predicted + noise * x
+    return jnp.sqrt(end) * x0 + jnp.sqrt(1 - end) * eps
+
+
+def target(
+    x0: Float[Array, "*s"], noise: Float[Array, "*s"], level: Float[Array, ""], prediction: Prediction
+) -> jax.Array:
+    """What the network should answer for `add_noise(x0, noise, level)`."""
+    return noise if prediction == "epsilon" else velocity(x0, noise, level)

@@ -1,0 +1,149 @@
+"""The transformer of the video UNet: sparse-causal, cross, and temporal attention.
+
+Tokens are `[B, F, T, C]` with T = H·W; split into heads they are `[B, F, T, N, D]`.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tav_jax.kernels import attend
+from tav_jax.models.resnet import group_norm
+
+SpatialAttention = Literal["sparse-causal", "first-frame", "per-frame"]
+
+# torch's default for a linear layer: uniform within ±1/√fan_in, a third of the variance that Flax would take.
+torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def frames_seen(x: Float[Array, "B F T N D"], kind: SpatialAttention) -> Float[Array, "B F S N D"]:
+    """The keys (or values) that each frame's queries look at.
+
+    sparse-causal: frame 0 and the frame before (frame 0 again for frames 0 and 1), so S = 2T. A frame does not see
+    itself, but for frame 0. The two ablations see frame 0 only, or only the frame itself, as the 2D network does.
+    """
+    if kind == "per-frame":
+        return x
+    first = jnp.broadcast_to(x[:, :1], x.shape)  # [B, F, T, N, D]
+    if kind == "first-frame":
+        return first
+    before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)  # [B, F, T, N, D]
+    return jnp.concatenate([first, before], axis=2)  # [B, F, 2T, N, D]
+
+
+class Attention(nnx.Module):
+    """The four projections. Which tokens meet which is the caller's choice."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, zero_out: bool = False, dtype, rngs):
+        kw = {"dtype": dtype, "rngs": rngs, "kernel_init": torch_default}
+        self.heads = heads
+        self.to_q = nnx.Linear(dim, dim, use_bias=False, **kw)
+        self.to_k = nnx.Linear(context_dim, dim, use_bias=False, **kw)
+        self.to_v = nnx.Linear(context_dim, dim, use_bias=False, **kw)
+        if zero_out:
+            kw["kernel_init"] = nnx.initializers.zeros_init()
+        self.to_out = nnx.List([nnx.Linear(dim, dim, **kw)])
+
+    def project(self, x: Float[Array, "*b T c"], context: Float[Array, "*b2 S e"]):
+        """Queries of x, keys and values of the context, in heads `[..., N, D]`."""
+        return tuple(
+            y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)  # [..., N, D]
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+
+    def join(self, x: Float[Array, "*b T N D"]) -> Float[Array, "*b T c"]:
+        return self.to_out[0](x.reshape(*x.shape[:-2], -1))
+
+    def spatial(self, x: Float[Array, "B F T c"], kind: SpatialAttention) -> Float[Array, "B F T c"]:
+        q, k, v = self.project(x, x)  # [B, F, T, N, D]
+        return self.join(attend(q, frames_seen(k, kind), frames_seen(v, kind)))
+
+    def cross(self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"]) -> Float[Array, "B F T c"]:
+        # All frames share the text: fold them into the query axis instead of repeating keys and values.
+        b, f, t, c = x.shape
+        q, k, v = self.project(x.reshape(b, f * t, c), text)  # [B, F·T, N, D], [B, L, N, D]
+        return self.join(attend(q, k, v)).reshape(b, f, t, c)
+
+    def temporal(self, x: Float[Array, "B F T c"]) -> Float[Array, "B F T c"]:
+        """Each position looks at itself in all frames: not causal, no position encoding."""
+        x = jnp.swapaxes(x, 1, 2)  # [B, T, F, C]
+        return jnp.swapaxes(self.join(attend(*self.project(x, x))), 1, 2)  # [B, F, T, C]
+
+
+class FeedForward(nnx.Module):
+    """GEGLU with the exact (erf) GELU, and a projection back."""
+
+    def __init__(self, dim: int, *, dtype, rngs):
+        self.proj_in = nnx.Linear(dim, 8 * dim, dtype=dtype, rngs=rngs)
+        self.proj_out = nnx.Linear(4 * dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        value, gate = jnp.split(self.proj_in(x), 2, axis=-1)  # [..., 4C] each
+        return self.proj_out(value * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nnx.Module):
+    """x += spatial, x += text, x += feed-forward, x += temporal; in this order, each after its own norm."""
+
+    def __init__(
+        self, dim: int, text_dim: int, heads: int, *, spatial: SpatialAttention, temporal: bool, dtype, rngs
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.spatial, self.temporal = spatial, temporal
+        self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.attn1 = Attention(dim, dim, heads, **kw)
+        self.norm2 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.attn2 = Attention(dim, text_dim, heads, **kw)
+        self.norm3 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.ff = FeedForward(dim, **kw)
+        self.norm_temp = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        # With a zero output, bias included, one frame through the inflated network is the 2D network exactly.
+        self.attn_temp = Attention(dim, dim, heads, zero_out=True, **kw)
+
+    def __call__(self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"]) -> Float[Array, "B F T c"]:
+        x = x + self.attn1.spatial(self.norm1(x), self.spatial)
+        x = x + self.attn2.cross(self.norm2(x), text)
+        x = x + self.ff(self.norm3(x))
+        if self.temporal:
+            x = x + self.attn_temp.temporal(self.norm_temp(x))
+        return x
+
+
+class Transformer(nnx.Module):
+    """A picture-to-tokens projection around one transformer block; its group norm is per frame."""
+
+    def __init__(
+        self,
+        dim: int,
+        text_dim: int,
+        heads: int,
+        *,
+        groups: int,
+        linear_projection: bool,
+        spatial: SpatialAttention,
+        temporal: bool,
+        dtype,
+        rngs,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+
+        def projection():  # the same arithmetic; the 1×1 convolution keeps Stable Diffusion 1's tensor shapes
+            return nnx.Linear(dim, dim, **kw) if linear_projection else nnx.Conv(dim, dim, (1, 1), **kw)
+
+        self.norm = group_norm(dim, groups, 1e-6, **kw)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(dim, text_dim, heads, spatial=spatial, temporal=temporal, **kw)]
+        )
+        self.proj_out = projection()
+
+    def __call__(self, x: Float[Array, "B F H W c"], text: Float[Array, "B L e"]) -> Float[Array, "B F H W c"]:
+        b, f, h, w, c = x.shape
+        tokens = self.norm(x.reshape(b * f, h, w, c))  # [B·F, H, W, C]: statistics of each frame alone
+        tokens = self.proj_in(tokens).reshape(b, f, h * w, c)  # [B, F, T, C]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, text)
+        return x + self.proj_out(tokens.reshape(b * f, h, w, c)).reshape(b, f, h, w, c)

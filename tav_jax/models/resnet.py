@@ -1,0 +1,92 @@
+"""Convolutional parts that the UNet and the VAE share.
+
+Every function takes `[..., H, W, C]`. Convolutions treat all leading axes as a batch, so a kernel of the 2D network is
+the 1×3×3 kernel of the video network. Group norms take their statistics over everything but the first axis: over
+(frames, H, W) for a video `[B, F, H, W, C]`, as the official code does, and over (H, W) for pictures `[N, H, W, C]`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding="SAME", dtype, rngs) -> nnx.Conv:
+    if padding == "SAME":  # torch pads both sides alike; XLA's own "SAME" does not, where the stride is 2
+        padding = size // 2
+    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+
+
+def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs) -> nnx.GroupNorm:
+    # The fast variance, E[x²] − E[x]², loses digits that the comparison with the official numbers needs.
+    return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class ResnetBlock(nnx.Module):
+    """norm → silu → conv, the time's embedding added, norm → silu → conv, and the shortcut."""
+
+    def __init__(self, cin: int, cout: int, *, groups: int, epsilon: float, time_dim: int | None = None, dtype, rngs):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = group_norm(cin, groups, epsilon, **kw)
+        self.conv1 = conv(cin, cout, **kw)
+        if time_dim is not None:
+            self.time_emb_proj = nnx.Linear(time_dim, cout, **kw)
+        self.norm2 = group_norm(cout, groups, epsilon, **kw)
+        self.conv2 = conv(cout, cout, **kw)
+        if cin != cout:
+            self.conv_shortcut = conv(cin, cout, 1, **kw)
+
+    def __call__(
+        self, x: Float[Array, "B *rest cin"], time: Float[Array, "B time_dim"] | None = None
+    ) -> Float[Array, "B *rest cout"]:
+        h = self.conv1(nnx.silu(self.norm1(x)))  # [B, ..., H, W, cout]
+        if time is not None:
+            t = self.time_emb_proj(nnx.silu(time))  # [B, cout]
+            h = h + t.reshape(t.shape[0], *(1,) * (h.ndim - 2), t.shape[-1])
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x)
+        return x + h
+
+
+class Downsample(nnx.Module):
+    """Halve H and W with a strided convolution. The UNet pads one on each side, the VAE only below and to the right."""
+
+    def __init__(self, channels: int, *, padding=1, dtype, rngs):
+        self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*lead h w c"]) -> Float[Array, "*lead h2 w2 c"]:
+        return self.conv(x)
+
+
+def nearest(x: Float[Array, "*lead h w c"], size: tuple[int, int]) -> Float[Array, "*lead h2 w2 c"]:
+    """Nearest-neighbour resize as torch does it: source index `i · in // out`."""
+    for axis, out in zip((-3, -2), size, strict=True):
+        source = x.shape[axis]
+        if out == 2 * source:
+            x = jnp.repeat(x, 2, axis=axis)  # the common case, cheaper than a gather
+        elif out != source:
+            x = jnp.take(x, jnp.arange(out) * source // out, axis=axis)
+    return x
+
+
+class Upsample(nnx.Module):
+    """Nearest neighbour to `size`, by default twice H and W, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "*lead h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "*lead h2 w2 c"]:
+        return self.conv(nearest(x, size or (2 * x.shape[-3], 2 * x.shape[-2])))
+
+
+def call(block, *args) -> jax.Array:
+    """Run a block as it is."""
+    return block(*args)
+
+
+def rematerialise(block, *args) -> jax.Array:
+    """Run a block so that only its inputs are kept for the backward pass, and the rest is computed again."""
+    return jax.checkpoint(lambda block, *args: block(*args))(block, *args)

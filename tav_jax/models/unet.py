@@ -1,0 +1,193 @@
+"""The inflated UNet of Tune-A-Video: Stable Diffusion's, run on videos `[B, F, H, W, C]`.
+
+Read top to bottom: the config with its presets, the time's embedding, the three kinds of block, the network.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from tav_jax.models.attention import SpatialAttention, Transformer
+from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, call, conv, group_norm, rematerialise
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that shapes the network. One entry per level, from fine to coarse, where a field is a tuple."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
+    up_attention: tuple[bool, ...] = (False, True, True, True)  # from coarse to fine
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    spatial_attention: SpatialAttention = "sparse-causal"
+    temporal_attention: bool = True
+
+    @classmethod
+    def sd1(cls) -> "UNetConfig":
+        return cls()
+
+    @classmethod
+    def sd2(cls) -> "UNetConfig":
+        return cls(heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+
+
+def timestep_embedding(t: Num[Array, "B"], dim: int, flip_sin_to_cos: bool, shift: int) -> Float[Array, "B dim"]:
+    """Sinusoids of the timestep. float32: at t ≈ 1000 a rounded frequency is already a wrong angle."""
+    half = dim // 2
+    frequency = np.exp(-math.log(10000) * np.arange(half, dtype=np.float32) / np.float32(half - shift))
+    angle = t.astype(jnp.float32)[:, None] * frequency  # [B, dim/2]
+    parts = [jnp.cos(angle), jnp.sin(angle)] if flip_sin_to_cos else [jnp.sin(angle), jnp.cos(angle)]
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+class TimeEmbedding(nnx.Module):
+    def __init__(self, cin: int, dim: int, *, dtype, rngs):
+        self.linear_1 = nnx.Linear(cin, dim, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B cin"]) -> Float[Array, "B dim"]:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+class Parts:
+    """Makes the resnets and transformers of one network, which differ only in their widths and heads."""
+
+    def __init__(self, config: UNetConfig, dtype, rngs):
+        self.config, self.kw = config, {"dtype": dtype, "rngs": rngs}
+
+    def resnet(self, cin: int, cout: int) -> ResnetBlock:
+        c = self.config
+        time_dim = 4 * c.block_out_channels[0]
+        return ResnetBlock(cin, cout, groups=c.norm_num_groups, epsilon=c.norm_eps, time_dim=time_dim, **self.kw)
+
+    def transformer(self, dim: int, heads: int) -> Transformer:
+        c = self.config
+        return Transformer(
+            dim,
+            c.cross_attention_dim,
+            heads,
+            groups=c.norm_num_groups,
+            linear_projection=c.use_linear_projection,
+            spatial=c.spatial_attention,
+            temporal=c.temporal_attention,
+            **self.kw,
+        )
+
+
+class DownBlock(nnx.Module):
+    def __init__(self, parts: Parts, cin: int, cout: int, *, layers: int, heads: int | None, last: bool):
+        self.resnets = nnx.List([parts.resnet(cin if i == 0 else cout, cout) for i in range(layers)])
+        self.attentions = nnx.List([parts.transformer(cout, heads) for _ in range(layers)] if heads else [])
+        self.downsamplers = nnx.List([] if last else [Downsample(cout, **parts.kw)])
+
+    def __call__(self, x, time, text, run):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = run(resnet, x, time)
+            if self.attentions:
+                x = run(self.attentions[i], x, text)
+            skips.append(x)
+        for down in self.downsamplers:
+            x = down(x)  # [B, F, H/2, W/2, C]
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, parts: Parts, dim: int, heads: int):
+        self.resnets = nnx.List([parts.resnet(dim, dim) for _ in range(2)])
+        self.attentions = nnx.List([parts.transformer(dim, heads)])
+
+    def __call__(self, x, time, text, run):
+        x = run(self.resnets[0], x, time)
+        x = run(self.attentions[0], x, text)
+        return run(self.resnets[1], x, time)
+
+
+class UpBlock(nnx.Module):
+    """`skip_dims` are the channels of the skip connections, in the order in which they are used up."""
+
+    def __init__(self, parts: Parts, cin: int, cout: int, *, skip_dims: list[int], heads: int | None, last: bool):
+        self.resnets = nnx.List(
+            [parts.resnet((cin if i == 0 else cout) + skip, cout) for i, skip in enumerate(skip_dims)]
+        )
+        self.attentions = nnx.List([parts.transformer(cout, heads) for _ in skip_dims] if heads else [])
+        self.upsamplers = nnx.List([] if last else [Upsample(cout, **parts.kw)])
+
+    def __call__(self, x, time, text, skips, run):
+        for i, resnet in enumerate(self.resnets):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = run(resnet, x, time)
+            if self.attentions:
+                x = run(self.attentions[i], x, text)
+        for up in self.upsamplers:
+            # To the next skip connection's size: twice as large, or one less where the latents do not divide.
+            x = up(x, skips[-1].shape[-3:-1])
+        return x
+
+
+class UNet(nnx.Module):
+    def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        c, kw = config, {"dtype": dtype, "rngs": rngs}
+        parts, widths = Parts(c, dtype, rngs), c.block_out_channels
+        levels = len(widths)
+        self.config = config
+        self.conv_in = conv(c.in_channels, widths[0], **kw)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0], **kw)
+
+        skip_dims, cin, down = [widths[0]], widths[0], []
+        for i, cout in enumerate(widths):
+            last = i == levels - 1
+            heads = c.heads[i] if c.down_attention[i] else None
+            down.append(DownBlock(parts, cin, cout, layers=c.layers_per_block, heads=heads, last=last))
+            skip_dims += [cout] * (c.layers_per_block + (not last))
+            cin = cout
+        self.down_blocks = nnx.List(down)
+        self.mid_block = MidBlock(parts, cin, c.heads[-1])
+
+        up = []
+        for i, cout in enumerate(reversed(widths)):
+            heads = c.heads[levels - 1 - i] if c.up_attention[i] else None
+            taken = [skip_dims.pop() for _ in range(c.layers_per_block + 1)]
+            up.append(UpBlock(parts, cin, cout, skip_dims=taken, heads=heads, last=i == levels - 1))
+            cin = cout
+        self.up_blocks = nnx.List(up)
+
+        self.conv_norm_out = group_norm(widths[0], c.norm_num_groups, c.norm_eps, **kw)
+        self.conv_out = conv(widths[0], c.out_channels, **kw)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B F H W cin"],
+        timesteps: Num[Array, "B"],
+        text: Float[Array, "B L e"],
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B F H W cout"]:
+        """Predicted noise (or velocity). `remat` keeps only each block's input for the backward pass."""
+        c, run = self.config, rematerialise if remat else call
+        time = timestep_embedding(timesteps, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        time = self.time_embedding(time)  # [B, 4·C0]
+
+        x = self.conv_in(latents)  # [B, F, H, W, C0]
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, text, run)
+            skips += more
+        x = self.mid_block(x, time, text, run)
+        for block in self.up_blocks:
+            x = block(x, time, text, skips, run)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))  # [B, F, H, W, out]

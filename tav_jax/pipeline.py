@@ -1,0 +1,411 @@
+"""`TuneAVideo`: what a notebook calls.
+
+    tav   = TuneAVideo.from_pretrained("stable-diffusion-v1-4")
+    clip  = load_video("man-skiing.mp4", frames=24, size=(512, 512))
+    tav.tune(clip, "a man is skiing")
+    noise = tav.invert(clip)
+    tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from tav_jax import training, weights
+from tav_jax.diffusion import Ladder, Schedule, guided, walk
+from tav_jax.errors import InputError
+from tav_jax.layout import Layout
+from tav_jax.models import VAE, ClipText, UNet
+from tav_jax.video import Clip
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
+
+
+class PromptCut(UserWarning):
+    """A prompt was longer than the text encoder can read."""
+
+
+class Replay(NamedTuple):
+    losses: Float[np.ndarray, "N"]
+    grad_norms: Float[np.ndarray, "N"]  # before clipping
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A sampled clip."""
+
+    frames: UInt8[np.ndarray, "F H W 3"]
+    fps: float
+    prompt: str
+    latents: Float[Array, "1 F h w c"]
+    trajectory: Float[Array, "steps 1 F h w c"] | None = None
+    audio: Any = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write an MP4 or a GIF, by the name's suffix; the source's sound goes along."""
+        return Clip(self.frames, self.fps, self.audio).save(path)
+
+
+class TuneAVideo:
+    """One pretrained Stable Diffusion, inflated to video, and everything that can be done with it."""
+
+    def __init__(self, parts: weights.Pipeline, dtype):
+        self.parts = parts
+        self.dtype = jnp.dtype(dtype)
+        self.schedule = Schedule.from_config(parts.layout.configs["scheduler"])
+        self.source: Clip | None = None  # the clip last tuned on or inverted: edits play at its speed, with its sound
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        spatial_attention: str = "sparse-causal",
+        temporal_attention: bool = True,
+    ) -> "TuneAVideo":
+        """Load a Diffusers-layout directory, a hub id or a bucket path.
+
+        A 2D UNet is inflated, its new temporal layers drawn from `seed`; one that was tuned already, by this or the
+        official code, is taken as it is. `dtype` is that of the frozen weights and of the arithmetic; weights that can
+        be tuned stay in float32.
+        """
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        kinds = ("sparse-causal", "first-frame", "per-frame")
+        if spatial_attention not in kinds:
+            raise InputError(f"spatial_attention is {spatial_attention!r}; it must be one of {', '.join(kinds)}")
+        layout = Layout.open(source, spatial_attention=spatial_attention, temporal_attention=bool(temporal_attention))
+        Schedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
+        return cls(
+            weights.Pipeline.load(layout, DTYPES[dtype], exact=training.is_trainable(), seed=seed), DTYPES[dtype]
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a Diffusers-layout directory with the UNet as it is now (its 3D keys as the official code names them)."""
+        weights.save(self.parts, directory)
+
+    # ---------------------------------------------------------------------------------------- text and pictures
+
+    @functools.cached_property
+    def tokenizer(self):
+        from transformers import CLIPTokenizer  # takes a second to import
+
+        return CLIPTokenizer.from_pretrained(self.parts.layout.root / "tokenizer")
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "n L"]:
+        """Token ids, padded as the model expects; what does not fit is cut, with a warning that says what."""
+        length = self.parts.layout.text_encoder.max_position_embeddings
+        if bad := [p for p in prompts if not isinstance(p, str)]:
+            raise InputError(f"a prompt is a text, not {bad[0]!r}")
+        for prompt in prompts:
+            ids = self.tokenizer(prompt).input_ids
+            if len(ids) > length:
+                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                warnings.warn(
+                    PromptCut(
+                        f"the prompt has {len(ids)} tokens and the text encoder reads {length}: cut off was {lost!r}. "
+                        "Shorten the prompt to keep it all."
+                    ),
+                    stacklevel=3,
+                )
+        encoded = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
+        )
+        return encoded.input_ids.astype(np.int32)
+
+    def encode_text(self, prompts: str | Sequence[str]) -> Float[Array, "n L e"]:
+        """Text states, one row a prompt."""
+        ids = self.tokenize([prompts] if isinstance(prompts, str) else prompts)
+        with self._exact():
+            return _encode_text(self.parts.text_encoder, jnp.asarray(ids))
+
+    def encode_video(self, frames: Clip | UInt8[np.ndarray, "F H W 3"]) -> Float[Array, "1 F h w c"]:
+        """Scaled latents: the mean of the VAE's posterior."""
+        return self.posterior(frames)[0]
+
+    def posterior(
+        self, frames: Clip | UInt8[np.ndarray, "F H W 3"]
+    ) -> tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]]:
+        """Mean and standard deviation of the scaled latents: computed once, sampled from at each training step."""
+        frames = self._checked(frames)
+        with self._exact():
+            mean, std = _encode(self.parts.vae, jnp.asarray(frames), group=self._group(frames.shape[1:3]))
+        return mean[None], std[None]  # [1, F, h, w, 4]
+
+    def decode_video(self, latents: Float[Array, "n F h w c"]) -> Float[Array, "n F H W 3"]:
+        """Pictures in [0, 1] from scaled latents."""
+        factor = self.parts.vae.config.downsampling
+        group = self._group((latents.shape[2] * factor, latents.shape[3] * factor))
+        with self._exact():
+            return _decode(self.parts.vae, jnp.asarray(latents, jnp.float32), group=group)
+
+    def unet(
+        self, latents: Float[Array, "B F h w c"], timesteps: Int[Array, "B"], text: Float[Array, "B L e"]
+    ) -> Float[Array, "B F h w c"]:
+        """One call of the video UNet."""
+        with self._exact():
+            return _unet(
+                self.parts.unet, jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps), jnp.asarray(text)
+            )
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def replay(
+        self,
+        latents: Float[Array, "1 F h w c"],
+        prompt: str,
+        *,
+        timesteps: Int[Array, "N"],
+        noise: Float[Array, "N F h w c"],
+        learning_rate: float = 3e-5,
+        weight_decay: float = 1e-2,
+        max_grad_norm: float = 1.0,
+        remat: bool = True,
+    ) -> Replay:
+        """Training steps on given latents, timesteps and noise; leaves the UNet tuned."""
+        latents, noise = jnp.asarray(latents, jnp.float32), jnp.asarray(noise, jnp.float32)
+        timesteps = np.asarray(timesteps)
+        if noise.shape != (len(timesteps), *latents.shape[1:]):
+            raise InputError(
+                f"noise is {list(noise.shape)}; for {len(timesteps)} timesteps and these latents it must be "
+                f"{[len(timesteps), *latents.shape[1:]]}"
+            )
+        if len(timesteps) and not 0 <= timesteps.min() <= timesteps.max() < self.schedule.train_steps:
+            raise InputError(
+                f"timesteps go from {timesteps.min()} to {timesteps.max()}; they must be within 0 to "
+                f"{self.schedule.train_steps - 1}"
+            )
+        text = self.encode_text(prompt)
+        levels = jnp.asarray(self.schedule.levels)
+        hyper = training.Hyper(*(jnp.float32(x) for x in (learning_rate, weight_decay, max_grad_norm)))
+        graph, trained, frozen = nnx.split(self.parts.unet, training.is_trainable(), ...)
+        learner, reports = training.Learner.create(trained), []
+        with self._exact():
+            for t, eps in zip(timesteps, noise, strict=True):
+                example = training.Example(latents, eps[None], jnp.int32(t))
+                learner, report = training.replay_step(
+                    graph, learner, frozen, example, text, levels, hyper,
+                    prediction=self.schedule.prediction, remat=remat,
+                )  # fmt: skip
+                reports.append(report)
+        nnx.update(self.parts.unet, learner.trained)
+        reports = jax.device_get(reports)
+        return Replay(np.array([r.loss for r in reports]), np.array([r.grad_norm for r in reports]))
+
+    # ------------------------------------------------------------------------------------ inversion and sampling
+
+    def invert(
+        self,
+        clip: Clip | UInt8[np.ndarray, "F H W 3"] | Float[Array, "1 F h w c"],
+        *,
+        steps: int = 50,
+        prompt: str = "",
+        return_trajectory: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Float[Array, "..."]:
+        """DDIM inversion: the noise from which sampling finds back to the clip.
+
+        Takes a clip, its frames, or its latents. With `return_trajectory` the latents at all levels, `[steps + 1, 1, F,
+        h, w, 4]`, the clip's own first. `progress` is called with the number of steps done.
+        """
+        ladder = self.schedule.inversion(steps)
+        if isinstance(clip, Clip) or np.ndim(clip) == 4:
+            latents = self.encode_video(clip)
+            self.source = clip if isinstance(clip, Clip) else None
+        else:
+            latents = self._checked_latents(clip)
+        last, trajectory = self._walk(latents, self.encode_text(prompt), ladder, None, return_trajectory, progress)
+        return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
+
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        latents: Float[Array, "1 F h w c"] | None = None,
+        steps: int = 50,
+        guidance: float = 12.5,
+        negative_prompt: str = "",
+        seed: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        fps: float | None = None,
+        return_trajectory: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Any:
+        """Edited clips: one `Edit` for a prompt, a list of them for a list of prompts (sampled as one batch).
+
+        Starts from `latents`, usually the inverted clip, or else from noise drawn from `seed` for `frames` frames of
+        `size` (height, width). With `guidance` at 1 or below only the conditional half is computed.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
+        ladder = self.schedule.sampling(steps)
+        latents = self._noise(seed, frames, size) if latents is None else self._checked_latents(latents)
+        latents = jnp.repeat(latents, len(prompts), axis=0)  # [P, F, h, w, 4]
+        use_guidance = guidance > 1
+        text = self.encode_text([negative_prompt] * len(prompts) * use_guidance + prompts)  # [2P or P, L, D]
+        last, trajectory = self._walk(
+            latents, text, ladder, guidance if use_guidance else None, return_trajectory, progress
+        )
+        edits = []
+        for i, text_of in enumerate(prompts):
+            pixels = np.asarray(self.decode_video(last[i : i + 1]))[0]  # [F, H, W, 3]
+            edits.append(
+                Edit(
+                    frames=np.rint(pixels * 255).astype(np.uint8),
+                    fps=fps or (self.source.fps if self.source else 8.0),
+                    prompt=text_of,
+                    latents=last[i : i + 1],
+                    trajectory=None if trajectory is None else trajectory[:, i : i + 1],
+                    audio=self.source.audio if self.source else None,
+                )
+            )
+        return edits[0] if isinstance(prompt, str) else edits
+
+    def _walk(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
+        with self._exact(), _reporting(progress) as report:
+            return _walk(
+                self.parts.unet,
+                latents,
+                text,
+                ladder,
+                jnp.float32(0.0 if guidance is None else guidance),
+                prediction=self.schedule.prediction,
+                use_guidance=guidance is not None,
+                trajectory=trajectory,
+                report=report,
+            )
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _exact(self):
+        """Full float32 products where float32 was asked for: accelerators take fewer bits unless told."""
+        return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
+
+    def _group(self, size: tuple[int, int]) -> int:
+        return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+
+    def check_size(self, height: int, width: int) -> None:
+        factor = self.parts.vae.config.downsampling
+        for name, value in (("height", height), ("width", width)):
+            if value < factor or value % factor:
+                below = value // factor * factor
+                mend = f"{below} or {below + factor}" if below else f"{factor}"
+                raise InputError(f"{name} {value} is not a multiple of {factor}; use {mend}")
+
+    def _checked(self, frames: Clip | np.ndarray) -> UInt8[np.ndarray, "F H W 3"]:
+        frames = np.asarray(frames.frames if isinstance(frames, Clip) else frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise InputError(
+                f"the frames are {frames.dtype} {list(frames.shape)}; expected uint8 [frames, height, width, 3]"
+            )
+        if not len(frames):
+            raise InputError("the clip has 0 frames; at least 1 is needed")
+        self.check_size(*frames.shape[1:3])
+        return frames
+
+    def _checked_latents(self, latents) -> Float[Array, "1 F h w c"]:
+        latents = jnp.asarray(latents, jnp.float32)
+        channels = self.parts.unet.config.in_channels
+        if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != channels or 0 in latents.shape:
+            raise InputError(
+                f"the latents are {list(latents.shape)}; expected [1, frames, height, width, {channels}], all above 0"
+            )
+        return latents
+
+    def _noise(self, seed: int, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
+        if self.source is not None:
+            frames = len(self.source.frames) if frames is None else frames
+            size = self.source.frames.shape[1:3] if size is None else size
+        if frames is None or size is None:
+            raise InputError("without latents, frames= and size=(height, width) say what to sample; give both")
+        if frames < 1:
+            raise InputError(f"frames is {frames}; at least 1 is needed")
+        self.check_size(*size)
+        factor, channels = self.parts.vae.config.downsampling, self.parts.unet.config.in_channels
+        shape = (1, frames, size[0] // factor, size[1] // factor, channels)
+        return jax.random.normal(jax.random.key(seed), shape)
+
+
+# ----------------------------------------------------------------- compiled once for each shape, whatever the values
+
+
+@jax.jit
+def _encode_text(text_encoder: ClipText, ids):
+    return text_encoder(ids).astype(jnp.float32)
+
+
+@jax.jit(static_argnames=("group",))
+def _encode(vae: VAE, frames, *, group: int):
+    def one(frame):
+        posterior = vae.encode((frame.astype(jnp.float32) / 127.5 - 1)[None])
+        return posterior.mean[0], posterior.std[0]
+
+    mean, std = jax.lax.map(one, frames, batch_size=group)
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+
+@jax.jit(static_argnames=("group",))
+def _decode(vae: VAE, latents, *, group: int):
+    def one(frame):
+        return vae.decode(frame[None] / vae.config.scaling_factor)[0].astype(jnp.float32)
+
+    n, f, *_ = latents.shape
+    pictures = jax.lax.map(one, latents.reshape(n * f, *latents.shape[2:]), batch_size=group)
+    return jnp.clip(pictures / 2 + 0.5, 0, 1).reshape(n, f, *pictures.shape[1:])
+
+
+@jax.jit
+def _unet(unet: UNet, latents, timesteps, text):
+    return unet(latents, timesteps, text).astype(jnp.float32)
+
+
+@jax.jit(static_argnames=("prediction", "use_guidance", "trajectory", "report"))
+def _walk(unet: UNet, latents, text, ladder, guidance, *, prediction, use_guidance, trajectory, report):
+    def denoise(x, t):
+        return unet(x, jnp.broadcast_to(t, x.shape[:1]), text).astype(jnp.float32)
+
+    return walk(
+        guided(denoise, guidance) if use_guidance else denoise,
+        latents, ladder, prediction, trajectory=trajectory, report=report,
+    )  # fmt: skip
+
+
+class _Reporter:
+    """One object for all callbacks, so that a program with progress is compiled once and not once a callback."""
+
+    target: Callable[[int], None] | None = None
+
+    def __call__(self, done) -> None:
+        if self.target is not None:
+            self.target(int(done))
+
+
+_reporter = _Reporter()
+
+
+@contextlib.contextmanager
+def _reporting(progress: Callable[[int], None] | None):
+    if progress is None:
+        yield None
+        return
+    _reporter.target = progress
+    try:
+        yield _reporter
+        jax.effects_barrier()  # the last reports are on their way when the call returns
+    finally:
+        _reporter.target = None

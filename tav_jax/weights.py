@@ -1,0 +1,276 @@
+"""Diffusers' weights ⇄ our NNX modules, both ways, through one strict table of names each way.
+
+Every tensor of a file must have a place, and every place must be filled with a tensor of its shape; what does not fit
+is gathered and reported at once. Tensors are read one at a time, straight into their target type.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tav_jax.errors import InputError, WeightsError
+from tav_jax.layout import CONFIGS, Layout
+from tav_jax.models import VAE, ClipText, UNet
+from tav_jax.tensors import tensors_in
+
+# Their name → our path. The first row that matches whole decides; a name that no row matches is an error.
+_KERNEL, _SCALE, _BIAS = r"\1.kernel", r"\1.scale", r"\1.bias"
+READ: dict[str, list[tuple[str, str]]] = {
+    "unet": [
+        (r"(.+\.ff)\.net\.0\.proj\.weight", r"\1.proj_in.kernel"),
+        (r"(.+\.ff)\.net\.0\.proj\.bias", r"\1.proj_in.bias"),
+        (r"(.+\.ff)\.net\.2\.weight", r"\1.proj_out.kernel"),
+        (r"(.+\.ff)\.net\.2\.bias", r"\1.proj_out.bias"),
+        (r"((?:.+\.)?(?:norm\d?|norm_temp|conv_norm_out))\.weight", _SCALE),
+        (r"((?:.+\.)?(?:conv\w*|linear_\d|proj_in|proj_out|time_emb_proj|to_[qkv]|to_out\.0))\.weight", _KERNEL),
+        (r"(.+)\.bias", _BIAS),
+    ],
+    "vae": [
+        # Two generations of names for the attention: query, key, value, proj_attn and to_q, to_k, to_v, to_out.0.
+        *((rf"(.+\.attentions\.0)\.{old}\.weight", rf"\1.{new}.kernel") for old, new in
+          (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))),
+        *((rf"(.+\.attentions\.0)\.{old}\.bias", rf"\1.{new}.bias") for old, new in
+          (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))),
+        (r"((?:.+\.)?(?:norm\d|group_norm|conv_norm_out))\.weight", _SCALE),
+        (r"((?:.+\.)?(?:\w*conv\w*|to_[qkv]|to_out\.0))\.weight", _KERNEL),
+        (r"(.+)\.bias", _BIAS),
+    ],
+    "text_encoder": [
+        (r"(?:text_model\.)?(embeddings\.\w+_embedding)\.weight", r"\1.embedding"),
+        (r"(?:text_model\.)?(.+layer_norm\d?)\.weight", _SCALE),
+        (r"(?:text_model\.)?(encoder\..+\.(?:[qkv]_proj|out_proj|fc[12]))\.weight", _KERNEL),
+        (r"(?:text_model\.)?(.+)\.bias", _BIAS),
+    ],
+}  # fmt: skip
+
+# Our path → their name.
+WRITE: dict[str, list[tuple[str, str]]] = {
+    "unet": [
+        (r"(.+\.ff)\.proj_in\.kernel", r"\1.net.0.proj.weight"),
+        (r"(.+\.ff)\.proj_in\.bias", r"\1.net.0.proj.bias"),
+        (r"(.+\.ff)\.proj_out\.kernel", r"\1.net.2.weight"),
+        (r"(.+\.ff)\.proj_out\.bias", r"\1.net.2.bias"),
+        (r"(.+)\.(?:kernel|scale)", r"\1.weight"),
+        (r"(.+)\.bias", _BIAS),
+    ],
+    "vae": [(r"(.+)\.(?:kernel|scale)", r"\1.weight"), (r"(.+)\.bias", _BIAS)],
+    "text_encoder": [
+        (r"(.+)\.(?:kernel|scale|embedding)", r"text_model.\1.weight"),
+        (r"(.+)\.bias", r"text_model.\1.bias"),
+    ],
+}
+OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+# Buffers without weights, and heads that Stable Diffusion does not use.
+IGNORED = {"text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight"}
+# What a 2D UNet cannot have: the inflation adds it.
+TEMPORAL = re.compile(r".+\.(?:attn_temp|norm_temp)\..+")
+
+
+def translate(table: list[tuple[str, str]], name: str) -> str | None:
+    for pattern, replacement in table:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    return None
+
+
+def from_torch(x: np.ndarray, path: str) -> np.ndarray:
+    """torch's (out, in[, height, width]) to (…, in, out); everything but kernels stays as it is."""
+    if not path.endswith(".kernel"):
+        return x
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+
+
+def to_torch(x: np.ndarray, path: str) -> np.ndarray:
+    if not path.endswith(".kernel"):
+        return x
+    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+
+def _torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    return to_torch(np.broadcast_to(np.float32(0), shape), path).shape
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+class _OneKey:
+    """Stands in for `nnx.Rngs` where no number is ever drawn: its count of draws takes seconds under tracing."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def abstract(build: Callable[..., nnx.Module], config, dtype) -> nnx.Module:
+    """The module with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_OneKey()))
+
+
+def flat(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+@dataclass
+class Pipeline:
+    """The networks of one pipeline directory, filled."""
+
+    layout: Layout
+    unet: UNet
+    vae: VAE
+    text_encoder: ClipText
+    old_vae_names: bool  # which of the two generations the files used: they are written as they were read
+
+    @classmethod
+    def load(cls, layout: Layout, dtype, *, exact: Callable[..., bool], seed: int = 0) -> "Pipeline":
+        """Read every component in `dtype`, but for the UNet's weights that the filter `exact` picks: they stay float32."""
+        unet = abstract(UNet, layout.unet, dtype)
+        fill(unet, layout.root, "unet", lambda path: jnp.float32 if exact(path.split("."), None) else dtype, seed)
+        vae = abstract(VAE, layout.vae, dtype)
+        names = fill(vae, layout.root, "vae", lambda path: dtype)
+        text_encoder = abstract(ClipText, layout.text_encoder, dtype)
+        fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
+        return cls(layout, unet, vae, text_encoder, any(name.endswith(".proj_attn.weight") for name in names))
+
+
+def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> list[str]:
+    """Put the tensors of `root/part` into an abstract module; a 2D UNet gets fresh temporal layers. Gives their names."""
+    graph, state = nnx.split(module)
+    places = flat(state)
+    unexpected, misshapen, found = [], [], {}
+    for tensor in tensors_in(root / part):
+        if part in IGNORED and re.fullmatch(IGNORED[part], tensor.name):
+            continue
+        path = translate(READ[part], tensor.name)
+        if path not in places or path in found:
+            unexpected.append(tensor.name)
+        elif tensor.shape != (expected := _torch_shape(places[path].shape, path)):
+            misshapen.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
+            found[path] = tensor
+        else:
+            found[path] = tensor
+    missing = [path for path in places if path not in found]
+    inflate = part == "unet" and not any(TEMPORAL.fullmatch(path) for path in found)
+    if inflate:
+        missing = [path for path in missing if not TEMPORAL.fullmatch(path)]
+    _report(root / part, [translate(WRITE[part], path) for path in missing], unexpected, misshapen)
+
+    for path, place in places.items():
+        dtype = dtype_of(path)
+        if path in found:
+            array = from_torch(found[path].read(), path)
+            place.set_value(jnp.asarray(np.ascontiguousarray(array.astype(dtype, copy=False))))
+        else:
+            place.set_value(fresh_temporal(path, place.shape, seed).astype(dtype))
+    nnx.update(module, state)
+    return [tensor.name for tensor in found.values()]
+
+
+def _report(folder: Path, missing: list[Any], unexpected: list[str], misshapen: list[str]) -> None:
+    """One error that lists everything that does not fit."""
+    problems = [
+        f"{len(names)} {what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise WeightsError(
+            f"{folder}: the tensors do not fit its config.json: {'; '.join(problems)}. Weights and config must be of the "
+            "same model: download the component again."
+        )
+
+
+def fresh_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
+    """A new temporal layer, which changes nothing yet: its output is zero, its queries, keys, values as torch draws them.
+
+    The official code leaves the output's bias at random, so that its first step is not the 2D network; ours is zero.
+    """
+    if path.endswith("norm_temp.scale"):
+        return jnp.ones(shape)
+    if not re.fullmatch(r".+\.attn_temp\.to_[qkv]\.kernel", path):
+        return jnp.zeros(shape)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+    limit = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def torch_tensors(module: nnx.Module, part: str, *, old_vae_names: bool = False) -> dict[str, np.ndarray]:
+    """All weights of a module under Diffusers' names, in torch's order of axes."""
+    tensors = {}
+    for path, leaf in flat(nnx.state(module)).items():
+        name = translate(WRITE[part], path)
+        if name is None:
+            raise AssertionError(f"no row of the table writes {part} {path}")
+        if part == "vae" and old_vae_names:
+            name = re.sub(
+                r"\.attentions\.0\.(to_[qkv]|to_out\.0)\.", lambda m: f".attentions.0.{OLD_VAE_NAMES[m[1]]}.", name
+            )
+        tensors[name] = np.ascontiguousarray(to_torch(np.asarray(leaf.get_value()), path))
+    return tensors
+
+
+def inflated_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's config as the official code writes it."""
+    three = {name: json.loads(json.dumps(config[name]).replace("2D", "3D")) for name in config if "block_type" in name}
+    return {**config, **three, "_class_name": "UNet3DConditionModel"}
+
+
+def save(pipeline: Pipeline, directory: str | Path) -> None:
+    """Write a pipeline directory that this code, the official code and (its 2D part) Diffusers read.
+
+    It is written beside its final place and renamed, so that no half of it is ever found there.
+    """
+    from safetensors.numpy import save_file
+
+    target = Path(directory).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already and is not an empty folder; give another name or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    layout = pipeline.layout
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for part in CONFIGS:
+            (scratch / part).mkdir()
+        for file in (layout.root / "tokenizer").iterdir():
+            shutil.copyfile(file, scratch / "tokenizer" / file.name)
+        for part, config in layout.configs.items():
+            if part != "tokenizer":
+                _write_json(scratch / part / CONFIGS[part], inflated_config(config) if part == "unet" else config)
+        index = {
+            "_class_name": "TuneAVideoPipeline",
+            "_diffusers_version": "0.11.1",
+            "scheduler": ["diffusers", layout.configs["scheduler"].get("_class_name", "DDIMScheduler")],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet3DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        _write_json(scratch / "model_index.json", index)
+        for part, module in (("unet", pipeline.unet), ("vae", pipeline.vae), ("text_encoder", pipeline.text_encoder)):
+            file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+            tensors = torch_tensors(module, part, old_vae_names=pipeline.old_vae_names)
+            save_file(tensors, scratch / part / file, metadata={"format": "pt"})
+        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        if target.exists():
+            target.rmdir()
+        scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
