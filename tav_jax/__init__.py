@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tav_jax.errors import InputError, MissingError, TavError, WeightsError
-    from tav_jax.pipeline import Edit, PromptCut, TuneAVideo
+    from tav_jax.pipeline import Edit, TuneAVideo
+    from tav_jax.prompts import PromptCut
     from tav_jax.video import Clip, load_video
 
 _HOMES = {
@@ -15,7 +16,7 @@ _HOMES = {
     "Edit": "pipeline",
     "InputError": "errors",
     "MissingError": "errors",
-    "PromptCut": "pipeline",
+    "PromptCut": "prompts",
     "TavError": "errors",
     "TuneAVideo": "pipeline",
     "WeightsError": "errors",

@@ -110,7 +110,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise WeightsError(f"{path} is not a readable JSON file ({error}); download it again.") from error
     if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds a JSON {type(value).__name__}, not the settings of a model; download it again.")
+        raise WeightsError(
+            f"{path} holds a JSON {type(value).__name__}, not the settings of a model; download it again."
+        )
     return value
 
 
@@ -128,15 +130,15 @@ def _refuse_other_families(root: Path, index: Mapping[str, Any]) -> None:
 
 
 class _Reader:
-    """Reads settings out of one component's config; what cannot be run is refused with the file's and setting's name."""
+    """Reads settings out of one component's config; what cannot be run is refused by file and name."""
 
     def __init__(self, config: Mapping[str, Any], path: Path):
         self.config, self.path = config, path
 
     def refuse(self, name: str, value: Any, expected: str) -> WeightsError:
         return WeightsError(
-            f"{self.path}: {name} is {value!r}, expected {expected}. Only Stable Diffusion 1.x and 2.x pipelines can be "
-            "tuned; use one of these."
+            f"{self.path}: {name} is {value!r}, expected {expected}. Only Stable Diffusion 1.x and 2.x pipelines can "
+            "be tuned; use one of these."
         )
 
     def only(self, **allowed: Any) -> None:
@@ -206,10 +208,8 @@ def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
     }
     # Diffusers' `attention_head_dim` is the number of heads; newer configs may say so in `num_attention_heads`.
     name = "num_attention_heads" if config.get("num_attention_heads") is not None else "attention_head_dim"
-    if isinstance(config.get(name, 8), int):
-        heads = (read.integer(name, 8),) * len(widths)
-    else:
-        heads = read.integers(name, ())
+    same = isinstance(config.get(name, 8), int)
+    heads = (read.integer(name, 8),) * len(widths) if same else read.integers(name, ())
     if len(heads) != len(widths):
         raise read.refuse(name, list(heads), f"one number, or one for each of the {len(widths)} levels")
     if bad := [(n, w) for n, w in zip(heads, widths, strict=True) if w % n]:

@@ -1,15 +1,14 @@
 """`TuneAVideo`: what a notebook calls.
 
-    tav   = TuneAVideo.from_pretrained("stable-diffusion-v1-4")
-    clip  = load_video("man-skiing.mp4", frames=24, size=(512, 512))
-    tav.tune(clip, "a man is skiing")
-    noise = tav.invert(clip)
-    tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
+tav   = TuneAVideo.from_pretrained("stable-diffusion-v1-4")
+clip  = load_video("man-skiing.mp4", frames=24, size=(512, 512))
+tav.tune(clip, "a man is skiing")
+noise = tav.invert(clip)
+tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
 """
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +20,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import training, weights
-from tav_jax.diffusion import Ladder, Schedule, guided, walk
+from tav_jax import programs, prompts, training, weights
+from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
-from tav_jax.models import VAE, ClipText, UNet
 from tav_jax.video import Clip
 
+Given = Array | np.ndarray  # what a caller may hand over
+Frames = Clip | UInt8[np.ndarray, "F H W 3"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
-
-
-class PromptCut(UserWarning):
-    """A prompt was longer than the text encoder can read."""
 
 
 class Replay(NamedTuple):
@@ -94,70 +90,51 @@ class TuneAVideo:
         )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Diffusers-layout directory with the UNet as it is now (its 3D keys as the official code names them)."""
+        """Write a Diffusers-layout directory with the UNet as it is now, its keys as the official code names them."""
         weights.save(self.parts, directory)
 
     # ---------------------------------------------------------------------------------------- text and pictures
 
     @functools.cached_property
     def tokenizer(self):
-        from transformers import CLIPTokenizer  # takes a second to import
+        return prompts.load_tokenizer(self.parts.layout.root / "tokenizer")
 
-        return CLIPTokenizer.from_pretrained(self.parts.layout.root / "tokenizer")
-
-    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "n L"]:
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n L"]:
         """Token ids, padded as the model expects; what does not fit is cut, with a warning that says what."""
-        length = self.parts.layout.text_encoder.max_position_embeddings
-        if bad := [p for p in prompts if not isinstance(p, str)]:
-            raise InputError(f"a prompt is a text, not {bad[0]!r}")
-        for prompt in prompts:
-            ids = self.tokenizer(prompt).input_ids
-            if len(ids) > length:
-                lost = self.tokenizer.decode(ids[length - 1 : -1])
-                warnings.warn(
-                    PromptCut(
-                        f"the prompt has {len(ids)} tokens and the text encoder reads {length}: cut off was {lost!r}. "
-                        "Shorten the prompt to keep it all."
-                    ),
-                    stacklevel=3,
-                )
-        encoded = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-        )
-        return encoded.input_ids.astype(np.int32)
+        return prompts.tokenize(self.tokenizer, texts, self.parts.layout.text_encoder.max_position_embeddings)
 
-    def encode_text(self, prompts: str | Sequence[str]) -> Float[Array, "n L e"]:
+    def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
         """Text states, one row a prompt."""
-        ids = self.tokenize([prompts] if isinstance(prompts, str) else prompts)
+        ids = self.tokenize([texts] if isinstance(texts, str) else texts)
         with self._exact():
-            return _encode_text(self.parts.text_encoder, jnp.asarray(ids))
+            return programs.encode_text(self.parts.text_encoder, jnp.asarray(ids))
 
-    def encode_video(self, frames: Clip | UInt8[np.ndarray, "F H W 3"]) -> Float[Array, "1 F h w c"]:
+    def encode_video(self, frames: Frames) -> Float[Array, "1 F h w c"]:
         """Scaled latents: the mean of the VAE's posterior."""
         return self.posterior(frames)[0]
 
-    def posterior(
-        self, frames: Clip | UInt8[np.ndarray, "F H W 3"]
-    ) -> tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]]:
+    def posterior(self, frames: Frames) -> tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]]:
         """Mean and standard deviation of the scaled latents: computed once, sampled from at each training step."""
         frames = self._checked(frames)
         with self._exact():
-            mean, std = _encode(self.parts.vae, jnp.asarray(frames), group=self._group(frames.shape[1:3]))
+            mean, std = programs.encode_frames(
+                self.parts.vae, jnp.asarray(frames), group=self._group(frames.shape[1:3])
+            )
         return mean[None], std[None]  # [1, F, h, w, 4]
 
-    def decode_video(self, latents: Float[Array, "n F h w c"]) -> Float[Array, "n F H W 3"]:
+    def decode_video(self, latents: Float[Given, "n F h w c"]) -> Float[Array, "n F H W 3"]:
         """Pictures in [0, 1] from scaled latents."""
         factor = self.parts.vae.config.downsampling
         group = self._group((latents.shape[2] * factor, latents.shape[3] * factor))
         with self._exact():
-            return _decode(self.parts.vae, jnp.asarray(latents, jnp.float32), group=group)
+            return programs.decode_frames(self.parts.vae, jnp.asarray(latents, jnp.float32), group=group)
 
     def unet(
-        self, latents: Float[Array, "B F h w c"], timesteps: Int[Array, "B"], text: Float[Array, "B L e"]
+        self, latents: Float[Given, "B F h w c"], timesteps: Int[Given, "B"], text: Float[Given, "B L e"]
     ) -> Float[Array, "B F h w c"]:
         """One call of the video UNet."""
         with self._exact():
-            return _unet(
+            return programs.call_unet(
                 self.parts.unet, jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps), jnp.asarray(text)
             )
 
@@ -165,27 +142,27 @@ class TuneAVideo:
 
     def replay(
         self,
-        latents: Float[Array, "1 F h w c"],
+        latents: Float[Given, "1 F h w c"],
         prompt: str,
         *,
-        timesteps: Int[Array, "N"],
-        noise: Float[Array, "N F h w c"],
+        timesteps: Int[Given, "N"] | Sequence[int],
+        noise: Float[Given, "N F h w c"],
         learning_rate: float = 3e-5,
         weight_decay: float = 1e-2,
         max_grad_norm: float = 1.0,
         remat: bool = True,
     ) -> Replay:
         """Training steps on given latents, timesteps and noise; leaves the UNet tuned."""
-        latents, noise = jnp.asarray(latents, jnp.float32), jnp.asarray(noise, jnp.float32)
-        timesteps = np.asarray(timesteps)
-        if noise.shape != (len(timesteps), *latents.shape[1:]):
+        latents, noise = self._checked_latents(latents), jnp.asarray(noise, jnp.float32)
+        times = np.asarray(timesteps, np.int32)
+        if noise.shape != (len(times), *latents.shape[1:]):
             raise InputError(
-                f"noise is {list(noise.shape)}; for {len(timesteps)} timesteps and these latents it must be "
-                f"{[len(timesteps), *latents.shape[1:]]}"
+                f"noise is {list(noise.shape)}; for {len(times)} timesteps and these latents it must be "
+                f"{[len(times), *latents.shape[1:]]}"
             )
-        if len(timesteps) and not 0 <= timesteps.min() <= timesteps.max() < self.schedule.train_steps:
+        if len(times) and not 0 <= times.min() <= times.max() < self.schedule.train_steps:
             raise InputError(
-                f"timesteps go from {timesteps.min()} to {timesteps.max()}; they must be within 0 to "
+                f"timesteps go from {times.min()} to {times.max()}; they must be within 0 to "
                 f"{self.schedule.train_steps - 1}"
             )
         text = self.encode_text(prompt)
@@ -194,7 +171,7 @@ class TuneAVideo:
         graph, trained, frozen = nnx.split(self.parts.unet, training.is_trainable(), ...)
         learner, reports = training.Learner.create(trained), []
         with self._exact():
-            for t, eps in zip(timesteps, noise, strict=True):
+            for t, eps in zip(times, noise, strict=True):
                 example = training.Example(latents, eps[None], jnp.int32(t))
                 learner, report = training.replay_step(
                     graph, learner, frozen, example, text, levels, hyper,
@@ -209,7 +186,7 @@ class TuneAVideo:
 
     def invert(
         self,
-        clip: Clip | UInt8[np.ndarray, "F H W 3"] | Float[Array, "1 F h w c"],
+        clip: Frames | Float[Given, "1 F h w c"],
         *,
         steps: int = 50,
         prompt: str = "",
@@ -222,11 +199,10 @@ class TuneAVideo:
         h, w, 4]`, the clip's own first. `progress` is called with the number of steps done.
         """
         ladder = self.schedule.inversion(steps)
-        if isinstance(clip, Clip) or np.ndim(clip) == 4:
-            latents = self.encode_video(clip)
-            self.source = clip if isinstance(clip, Clip) else None
-        else:
-            latents = self._checked_latents(clip)
+        if isinstance(clip, Clip):
+            self.source = clip
+        given_frames = isinstance(clip, Clip) or np.asarray(clip).dtype == np.uint8
+        latents = self.encode_video(clip) if given_frames else self._checked_latents(clip)  # pyright: ignore
         last, trajectory = self._walk(latents, self.encode_text(prompt), ladder, None, return_trajectory, progress)
         return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
 
@@ -234,7 +210,7 @@ class TuneAVideo:
         self,
         prompt: str | Sequence[str],
         *,
-        latents: Float[Array, "1 F h w c"] | None = None,
+        latents: Float[Given, "1 F h w c"] | None = None,
         steps: int = 50,
         guidance: float = 12.5,
         negative_prompt: str = "",
@@ -250,19 +226,19 @@ class TuneAVideo:
         Starts from `latents`, usually the inverted clip, or else from noise drawn from `seed` for `frames` frames of
         `size` (height, width). With `guidance` at 1 or below only the conditional half is computed.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
         ladder = self.schedule.sampling(steps)
         latents = self._noise(seed, frames, size) if latents is None else self._checked_latents(latents)
-        latents = jnp.repeat(latents, len(prompts), axis=0)  # [P, F, h, w, 4]
+        latents = jnp.repeat(latents, len(texts), axis=0)  # [P, F, h, w, 4]
         use_guidance = guidance > 1
-        text = self.encode_text([negative_prompt] * len(prompts) * use_guidance + prompts)  # [2P or P, L, D]
+        text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
         last, trajectory = self._walk(
             latents, text, ladder, guidance if use_guidance else None, return_trajectory, progress
         )
         edits = []
-        for i, text_of in enumerate(prompts):
+        for i, text_of in enumerate(texts):
             pixels = np.asarray(self.decode_video(last[i : i + 1]))[0]  # [F, H, W, 3]
             edits.append(
                 Edit(
@@ -277,8 +253,8 @@ class TuneAVideo:
         return edits[0] if isinstance(prompt, str) else edits
 
     def _walk(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
-        with self._exact(), _reporting(progress) as report:
-            return _walk(
+        with self._exact(), programs.reporting(progress) as report:
+            return programs.walk_latents(
                 self.parts.unet,
                 latents,
                 text,
@@ -339,73 +315,3 @@ class TuneAVideo:
         factor, channels = self.parts.vae.config.downsampling, self.parts.unet.config.in_channels
         shape = (1, frames, size[0] // factor, size[1] // factor, channels)
         return jax.random.normal(jax.random.key(seed), shape)
-
-
-# ----------------------------------------------------------------- compiled once for each shape, whatever the values
-
-
-@jax.jit
-def _encode_text(text_encoder: ClipText, ids):
-    return text_encoder(ids).astype(jnp.float32)
-
-
-@jax.jit(static_argnames=("group",))
-def _encode(vae: VAE, frames, *, group: int):
-    def one(frame):
-        posterior = vae.encode((frame.astype(jnp.float32) / 127.5 - 1)[None])
-        return posterior.mean[0], posterior.std[0]
-
-    mean, std = jax.lax.map(one, frames, batch_size=group)
-    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
-
-
-@jax.jit(static_argnames=("group",))
-def _decode(vae: VAE, latents, *, group: int):
-    def one(frame):
-        return vae.decode(frame[None] / vae.config.scaling_factor)[0].astype(jnp.float32)
-
-    n, f, *_ = latents.shape
-    pictures = jax.lax.map(one, latents.reshape(n * f, *latents.shape[2:]), batch_size=group)
-    return jnp.clip(pictures / 2 + 0.5, 0, 1).reshape(n, f, *pictures.shape[1:])
-
-
-@jax.jit
-def _unet(unet: UNet, latents, timesteps, text):
-    return unet(latents, timesteps, text).astype(jnp.float32)
-
-
-@jax.jit(static_argnames=("prediction", "use_guidance", "trajectory", "report"))
-def _walk(unet: UNet, latents, text, ladder, guidance, *, prediction, use_guidance, trajectory, report):
-    def denoise(x, t):
-        return unet(x, jnp.broadcast_to(t, x.shape[:1]), text).astype(jnp.float32)
-
-    return walk(
-        guided(denoise, guidance) if use_guidance else denoise,
-        latents, ladder, prediction, trajectory=trajectory, report=report,
-    )  # fmt: skip
-
-
-class _Reporter:
-    """One object for all callbacks, so that a program with progress is compiled once and not once a callback."""
-
-    target: Callable[[int], None] | None = None
-
-    def __call__(self, done) -> None:
-        if self.target is not None:
-            self.target(int(done))
-
-
-_reporter = _Reporter()
-
-
-@contextlib.contextmanager
-def _reporting(progress: Callable[[int], None] | None):
-    if progress is None:
-        yield None
-        return
-    _reporter.target = progress
-    try:
-        yield _reporter
-        jax.effects_barrier()  # the last reports are on their way when the call returns
-    finally:
-        _reporter.target = None

@@ -38,8 +38,8 @@ def tensors_in(folder: Path) -> Iterator[Tensor]:
                 if index is not None:
                     return reader(_shards(index))
     raise MissingError(
-        f"{folder} holds no weights: expected {STEMS[0] if folder.name != 'text_encoder' else 'model'}.safetensors, its "
-        "sharded or .fp16 form, or a .bin file. Download the component again."
+        f"{folder} holds no weights: expected {STEMS[folder.name == 'text_encoder']}.safetensors, its sharded or .fp16 "
+        "form, or a .bin file. Download the component again."
     )
 
 
@@ -49,7 +49,9 @@ def _shards(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is not an index of weight files; download it again.") from error
     if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
-        raise WeightsError(f"{index} names {outside[0]!r}, which is not a file beside it; download the component again.")
+        raise WeightsError(
+            f"{index} names {outside[0]!r}, which is not a file beside it; download the component again."
+        )
     if absent := [n for n in names if not (index.parent / n).is_file()]:
         raise MissingError(f"{index.parent} lacks {', '.join(absent)}, named by {index.name}; download them.")
     return [index.parent / n for n in names]
@@ -98,7 +100,9 @@ def _bin(files: list[Path]) -> Iterator[Tensor]:
     for file in files:
         try:
             weights = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # an unpickling, zip or end-of-file error: each means that the file is not plain weights
+        except (
+            Exception
+        ) as error:  # an unpickling, zip or end-of-file error: each means that the file is not plain weights
             raise WeightsError(
                 f"{file} is damaged, or a pickle with more in it than plain weights; it was not executed. Use the "
                 "safetensors files of the same model."

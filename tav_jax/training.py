@@ -3,7 +3,7 @@
 Only the trained weights have gradients, Adam moments and a float32 copy. Frozen weights are plain inputs.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from tav_jax.models.unet import UNet
 
 TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
 PLACES = ("down", "mid", "up")
+
+Grads = TypeVar("Grads")
 
 
 def is_trainable(names: tuple[str, ...] = TRAINABLE, places: tuple[str, ...] = PLACES):
@@ -48,6 +50,13 @@ class Hyper(NamedTuple):
 
 def optimizer(hyper: Hyper) -> optax.GradientTransformation:
     return optax.adamw(hyper.learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=hyper.weight_decay)
+
+
+def clip_by_norm(grads: Grads, limit: float | Float[Array, ""]) -> tuple[Grads, Float[Array, ""]]:
+    """torch's clip_grad_norm_, its 1e-6 included. Gives the norm before clipping, too."""
+    norm = optax.tree.norm(grads)
+    shrink = jnp.minimum(1.0, limit / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * shrink, grads), norm
 
 
 class Learner(NamedTuple):
@@ -124,11 +133,10 @@ def train_step(
         return loss_of(unet, example, text, levels, prediction, remat=remat)
 
     value, grads = jax.value_and_grad(loss)(learner.trained)
-    norm = optax.global_norm(grads)
-    shrink = jnp.minimum(1.0, hyper.max_grad_norm / (norm + 1e-6))  # torch's clip_grad_norm_, its 1e-6 included
-    grads = jax.tree.map(lambda g: g * shrink, grads)
+    grads, norm = clip_by_norm(grads, hyper.max_grad_norm)
     updates, moments = optimizer(hyper).update(grads, learner.moments, learner.trained)
-    return Learner(optax.apply_updates(learner.trained, updates), moments), Report(value, norm)
+    trained = jax.tree.map(jnp.add, learner.trained, updates)
+    return Learner(trained, moments), Report(value, norm)
 
 
 replay_step = jax.jit(train_step, static_argnames=("graph", "prediction", "remat"), donate_argnames=("learner",))

@@ -1,41 +1,55 @@
 """Clips in and out: decode, choose frames, crop or stretch, carry the sound, write MP4 and GIF.
 
-Frames are uint8 `[F, H, W, 3]`, upright, in the order in which they are shown.
+Frames are uint8 `[F, H, W, 3]`, upright, in the order in which they are shown. A source is an even grid of slots, one
+picture each; `start` and `stride` count slots.
 """
 
+import errno
+import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import av
 import imageio.v3 as iio
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tav_jax.errors import InputError, MissingError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+NOT_VIDEO = ("tty", "concat", "hls", "dash")  # FFmpeg also draws text files, and follows lists of other files
 FOLDER_FPS = 8.0  # a folder of frames does not say how fast it plays
 SIDE = 4  # no Stable Diffusion's VAE divides a side by less; the model checks its own factor
+LARGEST = 16384  # pixels on a side; H.264 goes no further
+MEMORY = 4 << 30  # bytes of chosen frames
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 Fit = Literal["crop", "stretch"]
+Shown = Iterator[
+    tuple[int, Callable[[], np.ndarray]]
+]  # the slot at which the next picture takes over, how to read this
 
 
 @dataclass(frozen=True)
 class Audio:
-    samples: Float[np.ndarray, "channels n"]
+    samples: Float[np.ndarray, "channels n"]  # from -1 to 1
     rate: int
-    layout: str  # "mono", "stereo", "5.1"
+    layout: str  # "mono" or "stereo"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Chosen frames. `fps` is the rate at which they play at the source's own speed; `audio` covers just their seconds."""
+    """Chosen frames. `fps` is how fast they play at the source's own speed; `audio` covers just their seconds."""
 
     frames: UInt8[np.ndarray, "F H W 3"]
     fps: float
@@ -44,22 +58,26 @@ class Clip:
     def save(self, path: str | Path) -> Path:
         """Write an MP4 (H.264 and AAC, plays in a browser) or a GIF, by the name's suffix."""
         path = Path(path).expanduser()
-        writers = {".mp4": _write_mp4, ".gif": _write_gif}
-        if path.suffix.lower() not in writers:
+        write = {".mp4": _write_mp4, ".gif": _write_gif}.get(path.suffix.lower())
+        if write is None:
             raise InputError(f"{path.name!r} has the suffix {path.suffix!r}; clips are written as .mp4 or .gif")
-        if path.is_dir():
+        if os.path.isdir(path):
             raise InputError(f"{path} is a folder; give the name of a file to write")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not len(self.frames):
+            raise InputError(f"the clip for {path} has 0 frames; give it 1 or more")
         # Written beside its final place, so that a full disk or a kill leaves no half file under that name.
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.stem[:50]}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+        scratch = path.with_name(f".{path.stem[:50]}.{uuid.uuid4().hex[:8]}{path.suffix.lower()}")
         try:
-            writers[path.suffix.lower()](Path(scratch), self)
-            os.chmod(scratch, 0o644)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(scratch, self)
             os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        except (FFmpegError, OSError) as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            mend = "free some space there" if full else "choose a folder that may be written"
+            raise InputError(f"{path} could not be written ({_reason(error)}); {mend}") from error
+        finally:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
         return path
 
 
@@ -77,78 +95,113 @@ def load_video(
 
     `frames=None` takes all that fit. `size` is (height, width); by default the source's own, cropped to multiples of 8.
     `fit="crop"` keeps the proportions and cuts evenly from two sides; `"stretch"` distorts, as the official code does.
-    `fps` overrides the source's rate, for a folder of pictures above all.
+    `fps` overrides the source's rate, for a folder of pictures above all; a video at another speed loses its sound.
     """
     path = Path(path).expanduser()
     _check_request(frames, size, start, stride, fit, fps)
-    if not path.exists():
+    if not os.path.exists(path):
         raise MissingError(f"{path} does not exist; give a video file or a folder of pictures")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} may not be read; change its permissions or give another one")
     source = _Folder(path, fps) if path.is_dir() else _File(path, fps)
-    chosen, seen = [], 0
-    for index, read in source.frames():
-        seen = index + 1
-        if index >= start and (index - start) % stride == 0:
-            chosen.append(_fit(read(), size, fit))
+    chosen, have, wanted, first = [], 0, start, None
+    with closing(source.shown()) as shown:
+        for end, read in shown:
+            have = max(have, end)
+            if wanted >= end:
+                continue
+            picture = read()
+            first = first or picture.shape
+            if size is None and picture.shape != first:
+                sizes = f"{first[0]}×{first[1]} and {picture.shape[0]}×{picture.shape[1]}"
+                raise InputError(f"the frames of {path} differ in size ({sizes}); give size=(height, width)")
+            picture = _fit(picture, size, fit)
+            while wanted < end and len(chosen) != frames:
+                chosen.append(picture)
+                wanted += stride
+                _check_memory(path, picture.nbytes * (frames or len(chosen)))
             if len(chosen) == frames:
                 break
     if not chosen or (frames is not None and len(chosen) < frames):
-        raise InputError(_too_short(path, seen, frames or 1, start, stride) + source.damage)
-    if len(shapes := {frame.shape for frame in chosen}) > 1:
-        sizes = " and ".join(f"{h}×{w}" for h, w, _ in sorted(shapes))
-        raise InputError(f"the frames of {path} differ in size ({sizes}); give size=(height, width) to bring them to one")
-    seconds = (start / source.fps, (start + len(chosen) * stride) / source.fps)
-    return Clip(np.stack(chosen), float(source.fps / stride), source.audio(*map(float, seconds)))
+        raise InputError(_too_short(path, have, source.damage, frames or 1, start, stride))
+    if frames is None and source.damage:
+        raise InputError(
+            f"{path} is damaged after frame {have - 1} ({source.damage}); "
+            f"give a whole file, or frames={len(chosen)} to take what comes before"
+        )
+    sound = source.audio(start / source.fps, (start + len(chosen) * stride) / source.fps)
+    return Clip(np.stack(chosen), float(source.fps / stride), sound)
 
 
 def _check_request(frames, size, start, stride, fit, fps) -> None:
     for name, value, least in (("frames", frames, 1), ("start", start, 0), ("stride", stride, 1)):
-        if name == "frames" and value is None:
+        if value is None and name == "frames":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        if not _whole(value) or value < least:
             raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
-    if size is not None:
-        if len(size) != 2:
-            raise InputError(f"size is {size!r}; it must be (height, width)")
-        for name, side in zip(("height", "width"), size, strict=True):
-            if isinstance(side, bool) or not isinstance(side, int | np.integer) or side < SIDE or side % SIDE:
-                below = int(side) // 8 * 8
-                near = f"{below} or {below + 8}" if below > 0 else "8"
-                raise InputError(f"{name} {side} is not a multiple of 8; use {near}")
+    if size is not None and (not isinstance(size, tuple | list) or len(size) != 2):
+        raise InputError(f"size is {size!r}; it must be (height, width)")
+    for name, side in zip(("height", "width"), size or (), strict=False):
+        if not _whole(side) or side > LARGEST:
+            raise InputError(f"{name} is {side!r}; it must be a multiple of 8, at most {LARGEST}")
+        if side < SIDE or side % SIDE:
+            below = max(side, 0) // 8 * 8
+            raise InputError(f"{name} {side} is not a multiple of 8; use {f'{below} or ' if below else ''}{below + 8}")
     if fit not in ("crop", "stretch"):
         raise InputError(f"fit is {fit!r}; it must be 'crop' or 'stretch'")
     if fps is not None and not 0 < fps < 1000:
         raise InputError(f"fps is {fps!r}; it must be above 0 and below 1000")
 
 
-def _too_short(path: Path, have: int, frames: int, start: int, stride: int) -> str:
-    """How many frames there are, and what would do."""
-    said = f"{path} has {have} frames; {frames} from frame {start} with a stride of {stride} need "
-    said += f"{start + (frames - 1) * stride + 1}."
+def _whole(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_memory(path: Path, needed: int) -> None:
+    if needed > MEMORY:
+        raise InputError(
+            f"what is asked of {path} fills {needed / 2**30:.1f} GiB, more than {MEMORY / 2**30:.1f}; "
+            "ask for fewer frames or a smaller size"
+        )
+
+
+def _check_sides(path: Path, height: int, width: int) -> None:
+    if max(height, width) > LARGEST:
+        raise InputError(f"{path} is {height}×{width} pixels, more than {LARGEST} on a side; give a smaller one")
+
+
+def _too_short(path: Path, have: int, damage: str, frames: int, start: int, stride: int) -> str:
+    """How many frames there are, and each single change that would do."""
+    until = f" before it is damaged ({damage})" if damage else ""
+    if have == 0:
+        return f"{path} has no frame that can be decoded{until}; give a whole video"
+    reach = (frames - 1) * stride
     mends = []
+    if frames > 1 and (closer := (have - 1 - start) // (frames - 1)) >= 1:
+        mends.append(f"stride={closer}")
+    if start > 0 and reach < have:
+        mends.append(f"start={have - 1 - reach}")
     if start < have:
-        if frames > 1 and (fitting := (have - 1 - start) // (frames - 1)) >= 1:
-            mends.append(f"a stride of {fitting}")
-        mends.append(f"{-(-(have - start) // stride)} frames")
-    if frames <= have and start > 0:
-        mends.append(f"a start of {max(0, have - 1 - (frames - 1) * stride)}" if have > (frames - 1) * stride else "")
-    mends = [m for m in mends if m]
-    return said + (f" It would do with {' or '.join(mends)}." if mends else " Give a longer clip.")
+        mends.append(f"frames={-(-(have - start) // stride)}")
+    return (
+        f"{path} has {have} frame{'s' * (have > 1)}{until}; frames={frames}, start={start} and stride={stride} need "
+        f"{start + reach + 1}: use {' or '.join(mends) or f'start=0, stride=1 and frames={min(frames, have)}'}"
+    )
 
 
 def _fit(frame: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> UInt8[np.ndarray, "H W 3"]:
     h, w, _ = frame.shape
     if size is None:
-        size = (h // 8 * 8, w // 8 * 8)
-        if 0 in size:
-            raise InputError(f"the frames are {h}×{w} pixels, less than 8 on a side; give a larger clip")
-        top, left = (h - size[0]) // 2, (w - size[1]) // 2
-        return frame[top : top + size[0], left : left + size[1]]
+        if min(h, w) < 8:
+            raise InputError(f"the frames are {h}×{w} pixels, less than 8 on a side; give size=(height, width)")
+        height, width = h // 8 * 8, w // 8 * 8
+        top, left = (h - height) // 2, (w - width) // 2
+        return frame[top : top + height, left : left + width]
     height, width = size
     if (h, w) == (height, width):
         return frame
-    if fit == "stretch":
-        box = (0, 0, w, h)
-    else:  # the largest centred box of the wanted proportions
+    box = (0, 0, w, h)
+    if fit == "crop":  # the largest centred box of the wanted proportions
         across, down = min(w, h * width / height), min(h, w * height / width)
         box = ((w - across) / 2, (h - down) / 2, (w + across) / 2, (h + down) / 2)
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
@@ -164,109 +217,164 @@ class _Folder:
 
     def __init__(self, path: Path, fps: float | None):
         self.fps = Fraction(fps or FOLDER_FPS).limit_denominator(100_000)
-        self.files = sorted(
-            (file for file in path.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith(".")),
-            key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
-        )
+        files = (file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
+        self.files = sorted(files, key=_natural)
         if not self.files:
             raise InputError(f"{path} has no pictures in it; expected files such as 0001.png ({', '.join(PICTURES)})")
 
-    def frames(self) -> Iterator:
+    def shown(self) -> Shown:
         for index, file in enumerate(self.files):
-            yield index, lambda file=file: self._read(file)
+            yield index + 1, partial(_read_picture, file)
 
-    def _read(self, file: Path) -> np.ndarray:
-        try:
-            return iio.imread(file, plugin="pillow", mode="RGB")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} is not a readable picture ({error}); replace or remove it") from error
-
-    def audio(self, begin: float, end: float) -> None:
+    def audio(self, begin: Fraction, end: Fraction) -> None:
         return None
 
 
+def _natural(file: Path) -> tuple:
+    """`2.png` before `10.png`: text and numbers alternate."""
+    parts = re.split(r"(\d+)", file.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
+
+
+def _read_picture(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as picture:
+            _check_sides(file, picture.height, picture.width)
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} is not a readable picture ({_reason(error)}); replace or remove it") from error
+
+
 class _File:
-    """A video file. Its frames are put on an even grid of `fps`, so that a variable rate keeps its timing."""
+    """A video file. Its frames are put on an even grid, so that a variable rate keeps its timing."""
 
     def __init__(self, path: Path, fps: float | None):
         self.path, self.damage = path, ""
-        try:
-            with av.open(str(path)) as container:
-                if not container.streams.video:
-                    raise InputError(f"{path} has no picture in it, only {_kinds(container)}; give a video")
-                stream = container.streams.video[0]
-                rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-                self.declared = stream.frames
-                self.has_audio = bool(container.streams.audio)
-        except (av.error.FFmpegError, OSError) as error:
-            size = path.stat().st_size
-            why = "is empty" if size == 0 else f"is not a video that FFmpeg reads, or is cut off ({_reason(error)})"
-            raise InputError(f"{path} {why}; give a whole video file") from error
-        self.native = Fraction(rate) if rate else Fraction(25)
+        self.begin = Fraction(0)  # when the first frame is shown, on the clock that the sound shares
+        with _opened(path) as (_, stream):
+            self.native = _even_rate(stream)
         self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native
-        self.begin = 0.0  # when the first frame is shown, on the clock that the sound shares
 
-    def frames(self) -> Iterator:
-        """(slot on the grid, a function that gives the picture). A frame fills every slot until the next one starts."""
-        held, slot, decoded = None, 0, 0
-        try:
-            with av.open(str(self.path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                for frame in container.decode(stream):
-                    time = frame.time if frame.time is not None else float(decoded / self.native)
-                    if decoded == 0:
-                        self.begin = time
-                    first = round((time - self.begin) * self.native)
-                    while held is not None and slot < first:
-                        yield slot, lambda held=held: _upright(held)
-                        slot += 1
-                    held, decoded = frame, decoded + 1
-                if held is not None:
-                    yield slot, lambda held=held: _upright(held)
-        except av.error.FFmpegError as error:
-            self.damage = f" The file is damaged after frame {decoded} ({_reason(error)})."
+    def shown(self) -> Shown:
+        held = None
+        with _opened(self.path) as (container, stream):
+            for count, frame in enumerate(self._decoded(container, stream)):
+                time = count / self.native if frame.pts is None else frame.pts * stream.time_base
+                if held is None:
+                    self.begin = time
+                else:
+                    yield self._slot(time), partial(_upright, held)
+                held, last = frame, self._slot(time)
             if held is not None:
-                yield slot, lambda held=held: _upright(held)
-        if not self.damage and decoded < self.declared:
-            self.damage = f" The file announces {self.declared} frames and holds {decoded}: it was cut off."
+                lasting = 0 if self.damage else stream.duration or 0
+                end = ((stream.start_time or 0) + lasting) * stream.time_base
+                yield max(last + 1, self._slot(end)), partial(_upright, held)
 
-    def audio(self, begin: float, end: float) -> Audio | None:
-        """The sound from `begin` to `end`, in seconds after the first frame; silence where it starts later."""
-        if not self.has_audio or self.fps != self.native:
+    def _slot(self, time: Fraction) -> int:
+        return math.floor((time - self.begin) * self.native + Fraction(1, 2))
+
+    def _decoded(self, container, stream) -> Iterator[av.VideoFrame]:
+        """Frames in the order of showing, as far as nothing is damaged; then says in `damage` what is."""
+        stream.thread_type = "NONE"  # threads decode further than asked, and report damage late or never
+        due, reached = None, 0  # what comes later in the file is not shown before `due`
+        try:
+            for packet in container.demux():
+                if packet.pts is not None:
+                    reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                if packet.stream_index != stream.index:
+                    continue
+                due = due if packet.dts is None else packet.dts
+                if packet.is_corrupt:
+                    self.damage = "a frame is cut off"
+                    break
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        self.damage = "a frame cannot be decoded"
+                        return
+                    yield frame
+        except FFmpegError as error:
+            self.damage = _reason(error)
+        if self.damage and due is not None:
+            with suppress(FFmpegError):  # whole frames that the decoder kept back, to put them into order
+                yield from (frame for frame in stream.decode(None) if frame.pts is not None and frame.pts <= due)
+        lasting = Fraction(container.duration or 0, av.time_base)
+        if not self.damage and "matroska" in container.format.name and reached + 1 < lasting:  # no error tells of it
+            self.damage = f"it ends at {float(reached):.1f} of {float(lasting):.1f} s"
+
+    def audio(self, begin: Fraction, end: Fraction) -> Audio | None:
+        """The sound from `begin` to `end`, in seconds after the first frame; silence where there is none."""
+        if self.fps != self.native:
             return None
         begin, end = begin + self.begin, end + self.begin
-        pieces, rate = [], None
-        try:
-            with av.open(str(self.path)) as container:
-                stream = container.streams.audio[0]
-                rate, layout = stream.rate, stream.layout
-                resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-                for frame in container.decode(stream):
-                    at = frame.time or 0.0
+        sound, rate = None, 0
+        with suppress(FFmpegError, ValueError):  # sound that breaks off is carried as far as it goes
+            for at, samples, rate in self._heard(end):
+                if sound is None:
+                    sound = np.zeros((len(samples), round((end - begin) * rate)), np.float32)
+                place = round((at - begin) * rate)
+                low, high = max(0, place), min(sound.shape[1], place + samples.shape[1])
+                if low < high:
+                    sound[:, low:high] = samples[:, low - place : high - place]
+        return None if sound is None else Audio(sound, rate, "mono" if len(sound) == 1 else "stereo")
+
+    def _heard(self, end: Fraction) -> Iterator[tuple[Fraction, np.ndarray, int]]:
+        """(time, samples, rate) until `end`. More than two channels are mixed down: every player has two."""
+        with _opened(self.path) as (container, picture):
+            stream = container.streams.best("audio")
+            if stream is None or stream.codec_context is None:
+                return
+            layout = "mono" if stream.codec_context.channels == 1 else "stereo"
+            resampler = av.AudioResampler(format="fltp", layout=layout)
+            at = Fraction(0)
+            for packet in container.demux(stream, picture):
+                # The pictures are walked along: a sound that has ended would be looked for in the whole file.
+                if packet.dts is not None and packet.dts * packet.time_base > end + 10:
+                    return
+                for frame in packet.decode() if packet.stream_index == stream.index else ():
+                    at = at if frame.pts is None else frame.pts * stream.time_base
                     if at >= end:
-                        break
-                    pieces += [(at, piece.to_ndarray()) for piece in resampler.resample(frame)]
-        except av.error.FFmpegError:
-            pass  # sound that breaks off is carried as far as it goes
-        if not pieces:
-            return None
-        wanted = np.zeros((pieces[0][1].shape[0], round((end - begin) * rate)), np.float32)
-        for at, samples in pieces:
-            place = round((at - begin) * rate)
-            low, high = max(0, place), min(wanted.shape[1], place + samples.shape[1])
-            if low < high:
-                wanted[:, low:high] = samples[:, low - place : high - place]
-        return Audio(wanted, rate, layout.name)
+                        return
+                    for piece in resampler.resample(frame):
+                        yield at, piece.to_ndarray(), piece.sample_rate
+                        at += Fraction(piece.samples, piece.sample_rate)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple]:
+    """The container and the stream of its pictures."""
+    try:
+        # By protocol, so that a name with a colon or a % is a file's name; what it refers to elsewhere is not fetched.
+        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except (FFmpegError, OSError) as error:
+        why = "is not a video, or is cut off" if path.stat().st_size else "is empty"
+        raise InputError(f"{path} {why} ({_reason(error)}); give a whole video file") from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # an album's cover is no video
+            kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
+            raise InputError(f"{path} has no picture in it, only {kinds or 'nothing'}; give a video")
+        if stream.codec_context is None or container.format.name in NOT_VIDEO:
+            raise InputError(f"{path} is not a video that FFmpeg decodes; give an MP4, MOV, WebM, MKV or GIF file")
+        _check_sides(path, stream.height, stream.width)
+        yield container, stream
+
+
+def _even_rate(stream) -> Fraction:
+    """The average, unless FFmpeg finds an even rate that most frames keep, as in a GIF with a pause.
+
+    What it finds is not the frames' own where it is about double the average or more: it counts fields, or clock ticks.
+    """
+    average, even = stream.average_rate, stream.guessed_rate
+    if average and even and abs(even / average - 1) > 0.02 and 0.9 < even / average < 1.9:
+        return Fraction(even)
+    return Fraction(average or even or 25)
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
     """RGB, turned as the file says that it should be shown."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
-
-
-def _kinds(container) -> str:
-    return ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
 def _reason(error: Exception) -> str:
@@ -277,39 +385,55 @@ def _reason(error: Exception) -> str:
 
 
 def _write_mp4(path: Path, clip: Clip) -> None:
-    count, h, w, _ = clip.frames.shape
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(clip.fps).limit_denominator(100_000))
+    h, w = clip.frames.shape[1:3]
+    rate = Fraction(clip.fps).limit_denominator(100_000)
+    # The file's own clock: a multiple of the rate, so that the clip lasts exactly as long as it should, and fine enough
+    # for sound.
+    clock = rate.numerator * -(-100_000 // rate.numerator)
+    options = {"movflags": "+faststart", "movie_timescale": str(clock)}
+    with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
         stream.width, stream.height = w + w % 2, h + h % 2  # H.264 with halved colours takes even sides only
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16", "preset": "medium"}
-        context = stream.codec_context
         # Said in the file, since players guess from the picture's size otherwise.
+        context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
-        sound = container.add_stream("aac", rate=clip.audio.rate, layout=clip.audio.layout) if clip.audio else None
-        for picture in clip.frames:
+        if clip.audio:
+            aac_rate = clip.audio.rate if clip.audio.rate in AAC_RATES else 48000
+            sound = container.add_stream("aac", rate=aac_rate, layout=clip.audio.layout)
+        for index, picture in enumerate(clip.frames):
             padded = np.pad(picture, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
             container.mux(stream.encode(frame))
+            if clip.audio and (piece := _piece(clip.audio, index / rate, (index + 1) / rate)):
+                container.mux(sound.encode(piece))
         container.mux(stream.encode())
-        if sound is not None:
-            _mux_audio(container, sound, clip.audio)
+        if clip.audio:
+            container.mux(sound.encode())
 
 
-def _mux_audio(container, stream, audio: Audio) -> None:
-    step = 1024
-    for begin in range(0, audio.samples.shape[1], step):
-        samples = np.ascontiguousarray(audio.samples[:, begin : begin + step], np.float32)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=audio.layout)
-        frame.sample_rate, frame.pts, frame.time_base = audio.rate, begin, Fraction(1, audio.rate)
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+def _piece(audio: Audio, begin: Fraction, end: Fraction) -> av.AudioFrame | None:
+    """One picture's sound: muxed with it, both lie side by side in the file and end together."""
+    low = round(begin * audio.rate)
+    samples = np.ascontiguousarray(audio.samples[:, low : round(end * audio.rate)], np.float32)
+    if not samples.size:
+        return None
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=audio.layout)
+    frame.sample_rate, frame.pts, frame.time_base = audio.rate, low, Fraction(1, audio.rate)
+    return frame
 
 
 def _write_gif(path: Path, clip: Clip) -> None:
-    # GIF counts in hundredths of a second: spread the rounding, so that the whole clip lasts as long as it should.
-    ends = [round(100 * (i + 1) / clip.fps) for i in range(len(clip.frames))]
-    lasting = [10 * max(2, end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
-    iio.imwrite(path, clip.frames, plugin="pillow", duration=lasting, loop=0)
+    # GIF counts in hundredths of a second, and players slow down a frame of less than two: spread the rounding, and
+    # leave out frames that come too fast, so that the whole clip lasts as long as it should.
+    total = max(2, round(100 * len(clip.frames) / clip.fps))
+    kept, begins = [0], [0]
+    for index in range(1, len(clip.frames)):
+        begin = round(100 * index / clip.fps)
+        if begins[-1] + 2 <= begin <= total - 2:
+            kept.append(index)
+            begins.append(begin)
+    lasting = [10 * (end - begin) for begin, end in pairwise([*begins, total])]
+    path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=lasting, loop=0))

@@ -4,6 +4,7 @@ Every tensor of a file must have a place, and every place must be filled with a 
 is gathered and reported at once. Tensors are read one at a time, straight into their target type.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from tav_jax.models import VAE, ClipText, UNet
 from tav_jax.tensors import tensors_in
 
 # Their name → our path. The first row that matches whole decides; a name that no row matches is an error.
+_CONV = r"conv(?:\d|_in|_out|_shortcut)?"
 _KERNEL, _SCALE, _BIAS = r"\1.kernel", r"\1.scale", r"\1.bias"
 READ: dict[str, list[tuple[str, str]]] = {
     "unet": [
@@ -33,7 +35,7 @@ READ: dict[str, list[tuple[str, str]]] = {
         (r"(.+\.ff)\.net\.2\.weight", r"\1.proj_out.kernel"),
         (r"(.+\.ff)\.net\.2\.bias", r"\1.proj_out.bias"),
         (r"((?:.+\.)?(?:norm\d?|norm_temp|conv_norm_out))\.weight", _SCALE),
-        (r"((?:.+\.)?(?:conv\w*|linear_\d|proj_in|proj_out|time_emb_proj|to_[qkv]|to_out\.0))\.weight", _KERNEL),
+        (rf"((?:.+\.)?(?:{_CONV}|linear_\d|proj_in|proj_out|time_emb_proj|to_[qkv]|to_out\.0))\.weight", _KERNEL),
         (r"(.+)\.bias", _BIAS),
     ],
     "vae": [
@@ -43,7 +45,7 @@ READ: dict[str, list[tuple[str, str]]] = {
         *((rf"(.+\.attentions\.0)\.{old}\.bias", rf"\1.{new}.bias") for old, new in
           (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))),
         (r"((?:.+\.)?(?:norm\d|group_norm|conv_norm_out))\.weight", _SCALE),
-        (r"((?:.+\.)?(?:\w*conv\w*|to_[qkv]|to_out\.0))\.weight", _KERNEL),
+        (rf"((?:.+\.)?(?:{_CONV}|(?:post_)?quant_conv|to_[qkv]|to_out\.0))\.weight", _KERNEL),
         (r"(.+)\.bias", _BIAS),
     ],
     "text_encoder": [
@@ -85,14 +87,19 @@ def translate(table: list[tuple[str, str]], name: str) -> str | None:
     return None
 
 
-def from_torch(x: np.ndarray, path: str) -> np.ndarray:
-    """torch's (out, in[, height, width]) to (…, in, out); everything but kernels stays as it is."""
-    if not path.endswith(".kernel"):
-        return x
-    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+@functools.partial(jax.jit, static_argnames=("kernel", "dtype"))
+def _place(x: Any, *, kernel: bool, dtype: Any) -> jax.Array:
+    """A tensor as our modules hold it. torch's kernels are (out, in[, height, width]), ours ([height, width,] in, out).
+
+    Done on the device: it is several times faster than in numpy, and half-precision files travel as they are.
+    """
+    if kernel:
+        x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+    return x.astype(dtype)
 
 
 def to_torch(x: np.ndarray, path: str) -> np.ndarray:
+    """The way back, as a view."""
     if not path.endswith(".kernel"):
         return x
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
@@ -105,6 +112,9 @@ def _torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
+Module = TypeVar("Module", bound=nnx.Module)
+
+
 class _OneKey:
     """Stands in for `nnx.Rngs` where no number is ever drawn: its count of draws takes seconds under tracing."""
 
@@ -112,7 +122,7 @@ class _OneKey:
         return jax.random.key(0)
 
 
-def abstract(build: Callable[..., nnx.Module], config, dtype) -> nnx.Module:
+def abstract(build: Callable[..., Module], config: Any, dtype: Any) -> Module:
     """The module with shapes in place of arrays."""
     return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_OneKey()))
 
@@ -133,7 +143,7 @@ class Pipeline:
 
     @classmethod
     def load(cls, layout: Layout, dtype, *, exact: Callable[..., bool], seed: int = 0) -> "Pipeline":
-        """Read every component in `dtype`, but for the UNet's weights that the filter `exact` picks: they stay float32."""
+        """Read every component in `dtype`; the UNet's weights that the filter `exact` picks stay in float32."""
         unet = abstract(UNet, layout.unet, dtype)
         fill(unet, layout.root, "unet", lambda path: jnp.float32 if exact(path.split("."), None) else dtype, seed)
         vae = abstract(VAE, layout.vae, dtype)
@@ -144,8 +154,8 @@ class Pipeline:
 
 
 def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> list[str]:
-    """Put the tensors of `root/part` into an abstract module; a 2D UNet gets fresh temporal layers. Gives their names."""
-    graph, state = nnx.split(module)
+    """Put the tensors of `root/part` into an abstract module, and give their names. A 2D UNet gets temporal layers."""
+    state = nnx.state(module)
     places = flat(state)
     unexpected, misshapen, found = [], [], {}
     for tensor in tensors_in(root / part):
@@ -168,8 +178,8 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
     for path, place in places.items():
         dtype = dtype_of(path)
         if path in found:
-            array = from_torch(found[path].read(), path)
-            place.set_value(jnp.asarray(np.ascontiguousarray(array.astype(dtype, copy=False))))
+            array = _place(found[path].read(), kernel=path.endswith(".kernel"), dtype=dtype)
+            place.set_value(jax.block_until_ready(array))  # one at a time, or the raw ones would pile up
         else:
             place.set_value(fresh_temporal(path, place.shape, seed).astype(dtype))
     nnx.update(module, state)
@@ -185,13 +195,13 @@ def _report(folder: Path, missing: list[Any], unexpected: list[str], misshapen: 
     ]
     if problems:
         raise WeightsError(
-            f"{folder}: the tensors do not fit its config.json: {'; '.join(problems)}. Weights and config must be of the "
-            "same model: download the component again."
+            f"{folder}: the tensors do not fit its config.json: {'; '.join(problems)}. Weights and config must be of "
+            "the same model: download the component again."
         )
 
 
 def fresh_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
-    """A new temporal layer, which changes nothing yet: its output is zero, its queries, keys, values as torch draws them.
+    """A new temporal layer: queries, keys and values as torch draws them, the output zero, so that nothing changes.
 
     The official code leaves the output's bias at random, so that its first step is not the 2D network; ours is zero.
     """

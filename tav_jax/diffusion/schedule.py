@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -18,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from tav_jax.errors import InputError, WeightsError
 
 Prediction = Literal["epsilon", "v_prediction"]
+Values = Array | np.ndarray
+Level = Float[Values, ""] | np.floating | float
 
 
 class Ladder(NamedTuple):
@@ -48,10 +49,10 @@ def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
 
 def _linspace(first: float, last: float, count: int) -> np.ndarray:
     """torch.linspace in float32: counted from the nearer end, each value rounded once (a fused multiply-add)."""
-    first, last = np.float32(first), np.float32(last)
-    step = np.float64((last - first) / np.float32(max(count - 1, 1)))
+    begin, end = np.float32(first), np.float32(last)
+    step = np.float64((end - begin) / np.float32(max(count - 1, 1)))
     i = np.arange(count)
-    up, down = np.float64(first) + step * i, np.float64(last) - step * (count - 1 - i)
+    up, down = np.float64(begin) + step * i, np.float64(end) - step * (count - 1 - i)
     return np.where(i < count // 2, up, down).astype(np.float32)
 
 
@@ -69,13 +70,13 @@ class Schedule:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise WeightsError(
-                f"the scheduler's prediction_type is {prediction!r}; only 'epsilon' and 'v_prediction' can be tuned and "
-                "inverted. Mend scheduler/scheduler_config.json if the weights predict one of these."
+                f"the scheduler's prediction_type is {prediction!r}; only 'epsilon' and 'v_prediction' can be tuned "
+                "and inverted. Mend scheduler/scheduler_config.json if the weights predict one of these."
             )
         if config.get("rescale_betas_zero_snr"):
             raise WeightsError(
-                "the scheduler's rescale_betas_zero_snr is true: its last level holds no signal and cannot be inverted. "
-                "Set it to false in scheduler/scheduler_config.json, or use a pipeline with the usual schedule."
+                "the scheduler's rescale_betas_zero_snr is true: its last level holds no signal and cannot be "
+                "inverted. Set it to false in scheduler_config.json, or use a pipeline with the usual schedule."
             )
         if config.get("trained_betas") is not None:
             betas = np.asarray(config["trained_betas"], np.float32)
@@ -101,7 +102,7 @@ class Schedule:
             raise InputError(f"steps is {steps!r}; it must be a whole number from 1 to {limit}, 50 is usual")
         stride = self.train_steps // int(steps)
         t = stride * np.arange(steps) + 1
-        # JAX would wrap a negative index silently, so the tables are read here, in numpy, where the case is spelled out.
+        # JAX would wrap a negative index silently; in numpy, here, the case is spelled out.
         below = np.where(t - stride < 0, np.float32(self.final), self.levels[np.maximum(t - stride, 0)])
         return t.astype(np.int32), self.levels[t], below.astype(np.float32)
 
@@ -116,19 +117,19 @@ class Schedule:
         return Ladder(t, below, level)
 
 
-def add_noise(x0: Float[Array, "*s"], noise: Float[Array, "*s"], level: Float[Array, ""]) -> Float[Array, "*s"]:
+def add_noise(x0: Float[Values, "*s"], noise: Float[Values, "*s"], level: Level) -> Float[Array, "*s"]:
     return jnp.sqrt(level) * x0 + jnp.sqrt(1 - level) * noise
 
 
-def velocity(x0: Float[Array, "*s"], noise: Float[Array, "*s"], level: Float[Array, ""]) -> Float[Array, "*s"]:
+def velocity(x0: Float[Values, "*s"], noise: Float[Values, "*s"], level: Level) -> Float[Array, "*s"]:
     return jnp.sqrt(level) * noise - jnp.sqrt(1 - level) * x0
 
 
 def move(
-    x: Float[Array, "*s"],
-    predicted: Float[Array, "*s"],
-    start: Float[Array, ""],
-    end: Float[Array, ""],
+    x: Float[Values, "*s"],
+    predicted: Float[Values, "*s"],
+    start: Level,
+    end: Level,
     prediction: Prediction,
 ) -> Float[Array, "*s"]:
     """One DDIM step: x at level `start` to level `end`, along the predicted noise or velocity."""
@@ -143,7 +144,7 @@ def move(
 
 
 def target(
-    x0: Float[Array, "*s"], noise: Float[Array, "*s"], level: Float[Array, ""], prediction: Prediction
-) -> jax.Array:
+    x0: Float[Values, "*s"], noise: Float[Values, "*s"], level: Level, prediction: Prediction
+) -> Float[Values, "*s"]:
     """What the network should answer for `add_noise(x0, noise, level)`."""
     return noise if prediction == "epsilon" else velocity(x0, noise, level)

@@ -88,11 +88,10 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """x += spatial, x += text, x += feed-forward, x += temporal; in this order, each after its own norm."""
 
-    def __init__(
-        self, dim: int, text_dim: int, heads: int, *, spatial: SpatialAttention, temporal: bool, dtype, rngs
-    ):
+    def __init__(self, dim: int, text_dim: int, heads: int, *, spatial: SpatialAttention, temporal: bool, dtype, rngs):
         kw = {"dtype": dtype, "rngs": rngs}
-        self.spatial, self.temporal = spatial, temporal
+        self.sees: SpatialAttention = spatial
+        self.temporal = temporal
         self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
         self.attn1 = Attention(dim, dim, heads, **kw)
         self.norm2 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
@@ -104,7 +103,7 @@ class TransformerBlock(nnx.Module):
         self.attn_temp = Attention(dim, dim, heads, zero_out=True, **kw)
 
     def __call__(self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"]) -> Float[Array, "B F T c"]:
-        x = x + self.attn1.spatial(self.norm1(x), self.spatial)
+        x = x + self.attn1.spatial(self.norm1(x), self.sees)
         x = x + self.attn2.cross(self.norm2(x), text)
         x = x + self.ff(self.norm3(x))
         if self.temporal:

@@ -94,7 +94,7 @@ class Encoder(nnx.Module):
 class ClipText(nnx.Module):
     """The last hidden state after the final norm, as Stable Diffusion uses it. No padding mask."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ClipTextConfig, *, dtype=jnp.float32, rngs):
         kw = {"dtype": dtype, "rngs": rngs}
         self.config = config
         self.embeddings = Embeddings(config, **kw)

@@ -5,14 +5,21 @@ the 1×3×3 kernel of the video network. Group norms take their statistics over 
 (frames, H, W) for a video `[B, F, H, W, C]`, as the official code does, and over (H, W) for pictures `[N, H, W, C]`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+# How many pixels go around a picture: a number for all sides, or (before, after) for each axis.
+Padding = int | Sequence[tuple[int, int]]
 
-def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding="SAME", dtype, rngs) -> nnx.Conv:
-    if padding == "SAME":  # torch pads both sides alike; XLA's own "SAME" does not, where the stride is 2
+
+def conv(
+    cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Padding | None = None, dtype, rngs
+) -> nnx.Conv:
+    if padding is None:  # both sides alike, as torch does; XLA's "SAME" differs where the stride is 2
         padding = size // 2
     return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
 
@@ -52,7 +59,7 @@ class ResnetBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Halve H and W with a strided convolution. The UNet pads one on each side, the VAE only below and to the right."""
 
-    def __init__(self, channels: int, *, padding=1, dtype, rngs):
+    def __init__(self, channels: int, *, padding: Padding = 1, dtype, rngs):
         self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*lead h w c"]) -> Float[Array, "*lead h2 w2 c"]:

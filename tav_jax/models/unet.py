@@ -140,7 +140,7 @@ class UpBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs):
         c, kw = config, {"dtype": dtype, "rngs": rngs}
         parts, widths = Parts(c, dtype, rngs), c.block_out_channels
         levels = len(widths)

@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
 class VAE(nnx.Module):
     """Pixels are in [−1, 1]; latents leave and enter unscaled: the caller multiplies by `config.scaling_factor`."""
 
-    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs):
         kw = {"dtype": dtype, "rngs": rngs}
         self.config = config
         self.encoder = Encoder(config, **kw)

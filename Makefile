@@ -1,0 +1,32 @@
+# Two commands, each from a fresh clone with nothing but Python: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# What the commands need is installed again when a dependency changes.
+STAMP  := $(VENV)/.ready
+
+.PHONY: demo test quick lint types clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+$(STAMP): pyproject.toml tests/install_oracle.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tests/install_oracle.py
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,82 @@
+"""What all tests share: the reference cases, and how a difference is measured.
+
+The cases in `tests/reference` are tiny pipelines with numbers computed by the official PyTorch implementation.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+from tav_jax import TuneAVideo
+
+REFERENCE = Path(__file__).parent / "reference"
+CASES = ("sd1", "sd2")
+
+
+def channels_last(x: np.ndarray) -> np.ndarray:
+    """[..., C, F, H, W] → [..., F, H, W, C]"""
+    return np.moveaxis(x, -4, -1)
+
+
+def difference(ours, theirs) -> float:
+    """max |ours − theirs| / max |theirs|"""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One reference case: its settings, its numbers, its pipeline directory."""
+
+    root: Path
+
+    @cached_property
+    def settings(self) -> dict:
+        return json.loads((self.root / "case.json").read_text())
+
+    @cached_property
+    def numbers(self) -> dict[str, np.ndarray]:
+        with np.load(self.root / "reference.npz") as file:
+            return dict(file)
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @cached_property
+    def latents(self) -> np.ndarray:
+        return channels_last(self.numbers["latents_scaled_bcfhw"])
+
+    def load(self, dtype: str = "float32", **options) -> TuneAVideo:
+        return TuneAVideo.from_pretrained(self.model, dtype=dtype, **options)
+
+    @cached_property
+    def tav(self) -> TuneAVideo:
+        """The pretrained pipeline, in float32. Nobody may tune it: it is shared."""
+        return self.load()
+
+
+_cases = {name: Case(REFERENCE / name) for name in CASES}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES])
+def case(request) -> Case:
+    return _cases[request.param]
+
+
+@pytest.fixture
+def sd1() -> Case:
+    return _cases["sd1"]
+
+
+@pytest.fixture
+def sd2() -> Case:
+    return _cases["sd2"]

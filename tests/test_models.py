@@ -1,0 +1,238 @@
+"""The networks, part by part: against torch, Diffusers and transformers with random weights, and plain loops."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import difference
+from flax import nnx
+
+from tav_jax import layout, weights
+from tav_jax.kernels import attend
+from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
+from tav_jax.models.attention import Attention, FeedForward, frames_seen
+from tav_jax.models.resnet import nearest
+from tav_jax.models.unet import timestep_embedding
+from tav_jax.training import is_trainable
+
+torch = pytest.importorskip("torch", reason="the oracle, CPU torch, is not installed")
+
+
+def normal(*shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- small parts
+
+
+def plain_attention(q, k, v):
+    scores = np.einsum("tnd,snd->nts", q.astype(np.float64), k) / np.sqrt(q.shape[-1])
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("nts,snd->tnd", scores / scores.sum(-1, keepdims=True), v)
+
+
+def test_attend_is_the_formula():
+    q, k, v = normal(2, 3, 5, 2, 8), normal(2, 3, 7, 2, 8, seed=1), normal(2, 3, 7, 2, 8, seed=2)
+    ours = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    for b in range(2):
+        for f in range(3):
+            np.testing.assert_allclose(ours[b, f], plain_attention(q[b, f], k[b, f], v[b, f]), atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_sparse_causal_attention_sees_the_first_frame_and_the_one_before(frames):
+    layer = Attention(16, 16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.asarray(normal(2, frames, 6, 16))
+    q, k, v = (np.asarray(y) for y in layer.project(x, x))
+    ours = layer.spatial(x, "sparse-causal")
+    for b in range(2):
+        for i in range(frames):
+            before = max(i - 1, 0)
+            keys = np.concatenate([k[b, 0], k[b, before]])
+            values = np.concatenate([v[b, 0], v[b, before]])
+            expected = layer.join(jnp.asarray(plain_attention(q[b, i], keys, values), jnp.float32))
+            np.testing.assert_allclose(ours[b, i], expected, atol=1e-5)
+
+
+def test_the_ablations_see_what_their_names_say():
+    x = jnp.asarray(normal(1, 4, 3, 2, 8))
+    assert np.array_equal(frames_seen(x, "per-frame"), x)
+    assert np.array_equal(frames_seen(x, "first-frame"), np.repeat(x[:, :1], 4, axis=1))
+
+
+def test_temporal_attention_is_over_frames_at_each_position_both_ways_in_time():
+    layer = Attention(16, 16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.asarray(normal(2, 5, 3, 16))
+    q, k, v = (np.asarray(y) for y in layer.project(x, x))
+    ours = layer.temporal(x)
+    for b in range(2):
+        for position in range(3):
+            at = (b, slice(None), position)
+            expected = layer.join(jnp.asarray(plain_attention(q[at], k[at], v[at]), jnp.float32))
+            np.testing.assert_allclose(ours[at], expected, atol=1e-5)
+
+
+def test_feed_forward_uses_the_exact_gelu():
+    layer = FeedForward(8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = normal(3, 8)
+    value, gate = torch.tensor(np.asarray(layer.proj_in(jnp.asarray(x)))).chunk(2, dim=-1)
+    expected = layer.proj_out(jnp.asarray((value * torch.nn.functional.gelu(gate)).numpy()))
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "out"), [((4, 4), (8, 8)), ((4, 3), (7, 5)), ((5, 9), (9, 17)), ((2, 2), (3, 4))])
+def test_nearest_is_that_of_torch(size, out):
+    x = normal(2, *size, 3)
+    theirs = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=out, mode="nearest")
+    assert np.array_equal(nearest(jnp.asarray(x), out), theirs.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize(("flip", "shift", "dim"), [(True, 0, 320), (False, 1, 32), (True, 0, 17)])
+def test_timestep_embedding_is_that_of_diffusers(flip, shift, dim):
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    t = np.array([0, 1, 321, 999])
+    theirs = embeddings.get_timestep_embedding(torch.tensor(t), dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+    np.testing.assert_allclose(timestep_embedding(jnp.asarray(t), dim, flip, shift), theirs, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- epsilons, sizes, subset
+
+
+def modules(model: nnx.Module):
+    return [(".".join(map(str, path)), module) for path, module in nnx.iter_modules(model)]
+
+
+def test_every_norm_has_its_epsilon():
+    counted = 0
+    for path, module in modules(weights.abstract(UNet, UNetConfig.sd1(), jnp.float32)):
+        if isinstance(module, nnx.LayerNorm):
+            assert module.epsilon == 1e-5, path
+        elif isinstance(module, nnx.GroupNorm):
+            assert module.epsilon == (1e-6 if path.endswith("norm") else 1e-5), path
+        counted += isinstance(module, nnx.LayerNorm | nnx.GroupNorm)
+    assert (
+        counted == 16 * 5 + 22 * 2 + 1
+    )  # 16 transformers with 4 layer norms and one group norm, 22 resnets, the output
+    for path, module in modules(weights.abstract(VAE, VAEConfig(), jnp.float32)):
+        if isinstance(module, nnx.GroupNorm):
+            assert module.epsilon == 1e-6, path
+            counted += 1
+    for path, module in modules(weights.abstract(ClipText, ClipTextConfig.sd2(), jnp.float32)):
+        if isinstance(module, nnx.LayerNorm):
+            assert module.epsilon == 1e-5, path
+            counted += 1
+    assert counted == 125 + (10 + 14) * 2 + 2 + 2 + 23 * 2 + 1
+
+
+@pytest.mark.parametrize(("config", "total"), [(UNetConfig.sd1(), 909_120_004), (UNetConfig.sd2(), 915_509_764)])
+def test_parameters_are_as_many_as_they_should_be(config, total):
+    state = nnx.state(weights.abstract(UNet, config, jnp.float32))
+    trained, _ = nnx.split_state(state, is_trainable(), ...)
+
+    def size(s):
+        return sum(leaf.size for leaf in jax.tree.leaves(s))
+
+    assert size(state) == total
+    assert (len(jax.tree.leaves(trained)), size(trained)) == (112, 74_354_880)
+    names = weights.flat(trained)
+    assert sum(".attn_temp." in name for name in names) == 16 * 5
+    assert not any("norm_temp" in name for name in names)
+    official, _ = nnx.split_state(state, is_trainable(places=("mid", "up")), ...)
+    assert len(jax.tree.leaves(official)) == 70
+
+
+def test_the_presets_are_the_published_configs():
+    sd21 = {
+        "_class_name": "UNet2DConditionModel",
+        "attention_head_dim": [5, 10, 20, 20],
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 1024,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    }
+    assert layout.unet_config(sd21, Path("unet/config.json")) == UNetConfig.sd2()
+    sd14 = {**sd21, "attention_head_dim": 8, "cross_attention_dim": 768, "use_linear_projection": False}
+    assert layout.unet_config(sd14, Path("unet/config.json")) == UNetConfig.sd1()
+
+
+# ------------------------------------------------------------------------------- whole networks, small and random
+
+
+def shaken(model, seed: int = 0):
+    """Random weights everywhere, norms included, so that nothing hides behind a one or a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return model.eval()
+
+
+def loaded(model, part: str, tmp_path, build, read_config):
+    model.save_pretrained(tmp_path / part)
+    config = json.loads((tmp_path / part / "config.json").read_text())
+    ours = weights.abstract(build, read_config(config, tmp_path / part / "config.json"), jnp.float32)
+    weights.fill(ours, tmp_path, part, lambda path: jnp.float32)
+    return ours
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_one_frame_is_the_2d_unet(tmp_path, linear):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 24, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=20,
+        attention_head_dim=(2, 3, 4),
+        use_linear_projection=linear,
+        sample_size=12,
+    )
+    ours = loaded(shaken(theirs), "unet", tmp_path, UNet, layout.unet_config)
+    x, text = normal(2, 11, 7, 4), normal(2, 9, 20, seed=1)  # a size that divides nowhere
+    with torch.no_grad():
+        expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor([3, 700]), torch.tensor(text)).sample
+    call = jax.jit(lambda m, *args: m(*args))
+    alone = call(ours, jnp.asarray(x)[:, None], jnp.array([3, 700]), jnp.asarray(text))
+    assert difference(alone[:, 0], expected.permute(0, 2, 3, 1)) <= 1e-5
+
+
+def test_the_vae_is_that_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(8, 12, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    ours = loaded(shaken(theirs), "vae", tmp_path, VAE, layout.vae_config)
+    pixels, latents = normal(2, 40, 24, 3), normal(2, 5, 3, 4)
+    with torch.no_grad():
+        posterior = theirs.encode(torch.tensor(pixels).permute(0, 3, 1, 2)).latent_dist
+        decoded = theirs.decode(torch.tensor(latents).permute(0, 3, 1, 2)).sample
+    mean, std = ours.encode(jnp.asarray(pixels))
+    assert difference(mean, posterior.mean.permute(0, 2, 3, 1)) <= 1e-4
+    assert difference(std, posterior.std.permute(0, 2, 3, 1)) <= 1e-4
+    assert difference(ours.decode(jnp.asarray(latents)), decoded.permute(0, 2, 3, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_the_text_encoder_is_that_of_transformers(tmp_path, act):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=99, hidden_size=24, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, hidden_act=act
+    )
+    theirs = shaken(transformers.CLIPTextModel(config))
+    ours = loaded(theirs, "text_encoder", tmp_path, ClipText, layout.text_config)
+    ids = np.random.default_rng(0).integers(0, 99, (2, 77))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).last_hidden_state
+    assert difference(ours(jnp.asarray(ids)), expected) <= 1e-5

@@ -1,0 +1,140 @@
+"""`TuneAVideo` as a notebook calls it: what comes back, what is compiled, what is refused."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video, programs
+
+pytestmark = pytest.mark.xdist_group("sd1")
+
+
+@pytest.fixture
+def clip(sd1) -> Clip:
+    return Clip(sd1.numbers["video_uint8"], 12.5)
+
+
+def test_the_example_of_the_interface(sd1, clip, tmp_path):
+    clip.save(tmp_path / "man.mp4")
+    source = load_video(tmp_path / "man.mp4", frames=4, size=(64, 64), start=1)
+    tav = sd1.load()
+    noise = tav.invert(source, steps=3)
+    assert noise.shape == (1, 4, 16, 16, 4)
+    edit = tav.sample("blue square is moving", latents=noise, steps=3, guidance=7.5, negative_prompt="red")
+    assert edit.frames.shape == (4, 64, 64, 3)
+    assert edit.frames.dtype == np.uint8
+    assert edit.fps == source.fps == 12.5
+    edit.save(tmp_path / "out.mp4")
+    edit.save(tmp_path / "out.gif")
+    assert len(load_video(tmp_path / "out.mp4").frames) == len(load_video(tmp_path / "out.gif").frames) == 4
+
+
+def test_several_prompts_are_one_batch_and_the_same_edits(sd1):
+    tav, options = sd1.tav, {"latents": sd1.latents, "steps": 3, "guidance": 4.0}
+    together = tav.sample(["red", "blue square"], **options)
+    for edit, prompt in zip(together, ("red", "blue square"), strict=True):
+        alone = tav.sample(prompt, **options)
+        assert edit.prompt == prompt
+        np.testing.assert_allclose(edit.latents, alone.latents, rtol=1e-4, atol=1e-4)
+    assert np.abs(together[0].latents - together[1].latents).max() > 1e-3
+
+
+def test_other_values_compile_nothing(sd1):
+    tav = sd1.tav
+    noise = tav.invert(sd1.latents, steps=4)
+    tav.sample("red", latents=noise, steps=4, guidance=3.0)
+    compiled = programs.walk_latents._cache_size()
+    tav.invert(0.5 * sd1.latents, steps=4, prompt="blue")
+    tav.sample("a blue square is moving", latents=2 * noise, steps=4, guidance=12.5, negative_prompt="red")
+    assert programs.walk_latents._cache_size() == compiled
+    seen: list[int] = []
+    tav.sample("red", latents=noise, steps=4, guidance=3.0, progress=seen.append)
+    tav.sample("red", latents=noise, steps=4, guidance=5.0, progress=lambda done: seen.append(done))
+    assert programs.walk_latents._cache_size() == compiled + 1
+    assert sorted(seen) == sorted([1, 2, 3, 4] * 2)
+
+
+def test_guidance_of_one_is_the_conditional_half(sd1):
+    tav = sd1.tav
+    plain = tav.sample("blue", latents=sd1.latents, steps=3, guidance=1.0, negative_prompt="red")
+    off = tav.sample("blue", latents=sd1.latents, steps=3, guidance=0.0)
+    nearly = tav.sample("blue", latents=sd1.latents, steps=3, guidance=1.0 + 1e-6)
+    assert np.array_equal(plain.latents, off.latents)
+    np.testing.assert_allclose(plain.latents, nearly.latents, atol=1e-3)
+
+
+def test_noise_starts_are_reproducible(sd1):
+    tav = sd1.load()
+    options = {"steps": 2, "frames": 3, "size": (32, 40), "guidance": 1.0}
+    first, again, other = (tav.sample("red", seed=seed, **options) for seed in (1, 1, 2))
+    assert first.frames.shape == (3, 32, 40, 3)
+    assert np.array_equal(first.frames, again.frames)
+    assert not np.array_equal(first.frames, other.frames)
+
+
+def test_invert_takes_a_clip_its_frames_or_its_latents(sd1, clip):
+    tav = sd1.load()
+    by_clip = tav.invert(clip, steps=2)
+    np.testing.assert_allclose(by_clip, tav.invert(clip.frames, steps=2), atol=1e-5)
+    np.testing.assert_allclose(by_clip, tav.invert(tav.encode_video(clip), steps=2), atol=1e-5)
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_says_what(sd1):
+    words = "red square " * 60 + "never read"
+    with pytest.warns(PromptCut, match=r"tokens and the text encoder reads 77: cut off was .*never read"):
+        sd1.tav.encode_text([words])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd1.tav.encode_text(["red square is moving", ""])
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [
+        (np.zeros((3, 62, 64, 3), np.uint8), "height 62 is not a multiple of 4; use 60 or 64"),
+        (np.zeros((3, 64, 2, 3), np.uint8), "width 2 is not a multiple of 4; use 4"),
+        (np.zeros((0, 64, 64, 3), np.uint8), "0 frames; at least 1"),
+    ],
+)
+def test_frames_that_cannot_be_used(sd1, frames, said):
+    for use in (sd1.tav.encode_video, sd1.tav.posterior, sd1.tav.invert):
+        with pytest.raises(InputError, match=said):
+            use(frames)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": 0}, "steps is 0; it must be a whole number from 1 to 999"),
+        ({"latents": np.zeros((1, 0, 8, 8, 4), np.float32)}, r"latents are \[1, 0, 8, 8, 4\]"),
+        ({"latents": np.zeros((1, 2, 8, 8, 3), np.float32)}, r"expected \[1, frames, height, width, 4\]"),
+        ({"frames": 3, "size": (30, 32)}, "height 30 is not a multiple of 4; use 28 or 32"),
+        ({"frames": 0, "size": (32, 32)}, "frames is 0; at least 1"),
+        ({}, "frames= and size="),
+    ],
+)
+def test_samples_that_cannot_be_made(sd1, options, said):
+    tav = TuneAVideo(sd1.tav.parts, "float32")
+    with pytest.raises(InputError, match=said):
+        tav.sample("red", **options)
+    with pytest.raises(InputError, match="list of prompts is empty"):
+        tav.sample([], latents=sd1.latents)
+
+
+def test_a_replay_that_cannot_be_made(sd1):
+    noise = np.zeros((2, *sd1.latents.shape[1:]), np.float32)
+    with pytest.raises(InputError, match=r"noise is \[2, .*for 1 timesteps"):
+        sd1.tav.replay(sd1.latents, "red", timesteps=[5], noise=noise)
+    with pytest.raises(InputError, match="timesteps go from 5 to 1000; they must be within 0 to 999"):
+        sd1.tav.replay(sd1.latents, "red", timesteps=[5, 1000], noise=noise)
+
+
+def test_importing_is_fast_because_it_imports_nothing_heavy():
+    heavy = ["jax", "flax", "optax", "orbax", "transformers", "av", "imageio", "ml_collections", "torch", "numpy"]
+    code = f"import sys, tav_jax; print([m for m in {heavy} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(said.replace("'", '"')) == []

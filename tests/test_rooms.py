@@ -1,0 +1,71 @@
+"""The arrows between the rooms go one way: a model never knows of files, a config or the command line."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tav_jax"
+
+# room → the rooms and the heavy libraries that it may import
+ALLOWED = {
+    "errors": set(),
+    "kernels": {"jax"},
+    "models": {"jax", "flax", "kernels"},
+    "diffusion": {"jax", "errors"},
+    "video": {"av", "imageio", "PIL", "errors"},
+    "prompts": {"transformers", "errors"},
+    "layout": {"etils", "huggingface_hub", "models", "errors"},
+    "tensors": {"safetensors", "torch", "ml_dtypes", "errors"},
+    "weights": {"jax", "flax", "safetensors", "models", "layout", "tensors", "errors"},
+    "training": {"jax", "flax", "optax", "models", "diffusion", "errors"},
+    "programs": {"jax", "models", "diffusion"},
+    "pipeline": {
+        *("jax", "flax", "errors", "video", "models", "diffusion", "training"),
+        *("layout", "weights", "prompts", "programs"),
+    },
+    "__init__": {"errors", "pipeline", "prompts", "video"},
+}
+EVERYWHERE = {*sys.stdlib_module_names, "numpy", "jaxtyping"}
+
+
+def rooms() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        found.setdefault(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(file)
+    return found
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            full = {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "tav_jax" else set()
+            names |= full or {node.module}
+    return {name.split(".")[1] if name.startswith("tav_jax.") else name.split(".")[0] for name in names}
+
+
+def test_every_room_is_in_the_plan():
+    assert set(rooms()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", list(ALLOWED))
+def test_a_room_imports_only_what_it_may(room):
+    for file in rooms()[room]:
+        extra = imported(file) - ALLOWED[room] - EVERYWHERE - {room}
+        assert not extra, f"{file.relative_to(PACKAGE)} imports {sorted(extra)}"
+
+
+def test_models_diffusion_and_training_need_no_video_config_or_tokenizer():
+    code = """
+import sys
+for name in ("av", "imageio", "ml_collections", "transformers", "huggingface_hub", "torch", "orbax", "safetensors"):
+    sys.modules[name] = None  # importing it now fails
+import tav_jax.models, tav_jax.diffusion, tav_jax.training
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
