@@ -7,8 +7,10 @@ noise = tav.invert(clip)
 tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
 """
 
+import builtins
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +30,23 @@ from tav_jax.video import Clip
 
 Given = Array | np.ndarray  # what a caller may hand over
 Frames = Clip | UInt8[np.ndarray, "F H W 3"]
+Advance = Callable[[training.Learner, int], tuple[training.Learner, training.Report]]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
 
 
-class Replay(NamedTuple):
+class Tuned(NamedTuple):
     losses: Float[np.ndarray, "N"]
     grad_norms: Float[np.ndarray, "N"]  # before clipping
+
+
+def progress_bar(total: int, what: str, show: bool | None = None):
+    """Shown where somebody looks: at a terminal or in a notebook, and by the first process only."""
+    from tqdm.auto import tqdm
+
+    if show is None:
+        show = jax.process_index() == 0 and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
+    return tqdm(total=total, desc=what, disable=not show)
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,13 @@ class TuneAVideo:
         seed: int = 0,
         spatial_attention: str = "sparse-causal",
         temporal_attention: bool = True,
+        trainable: Sequence[str] = training.TRAINABLE,
     ) -> "TuneAVideo":
         """Load a Diffusers-layout directory, a hub id or a bucket path.
 
         A 2D UNet is inflated, its new temporal layers drawn from `seed`; one that was tuned already, by this or the
         official code, is taken as it is. `dtype` is that of the frozen weights and of the arithmetic; weights that can
-        be tuned stay in float32.
+        be tuned, those of `trainable`, stay in float32.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -85,13 +98,30 @@ class TuneAVideo:
             raise InputError(f"spatial_attention is {spatial_attention!r}; it must be one of {', '.join(kinds)}")
         layout = Layout.open(source, spatial_attention=spatial_attention, temporal_attention=bool(temporal_attention))
         Schedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
-        return cls(
-            weights.Pipeline.load(layout, DTYPES[dtype], exact=training.is_trainable(), seed=seed), DTYPES[dtype]
-        )
+        parts = weights.Pipeline.load(layout, DTYPES[dtype], exact=training.subset(trainable), seed=seed)
+        return cls(parts, DTYPES[dtype])
+
+    @classmethod
+    def from_config(cls, config: Any) -> "TuneAVideo":
+        """As a run's config says."""
+        options = {k: config.model[k] for k in ("dtype", "spatial_attention", "temporal_attention")}
+        return cls.from_pretrained(config.model.path, seed=config.seed, trainable=config.train.trainable, **options)
+
+    @classmethod
+    def restore(cls, workdir: str | Path, *, step: int | None = None) -> "TuneAVideo":
+        """From the checkpoint of a training run, by default its newest."""
+        from tav_jax.run import Run  # a run needs a pipeline, too
+
+        return Run.open(workdir).restore(step)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a Diffusers-layout directory with the UNet as it is now, its keys as the official code names them."""
         weights.save(self.parts, directory)
+
+    def offload(self) -> None:
+        """Move the VAE and the text encoder to the host's memory; a call that needs them brings them back for itself."""
+        for module in (self.parts.vae, self.parts.text_encoder):
+            nnx.update(module, jax.device_get(nnx.state(module)))
 
     # ---------------------------------------------------------------------------------------- text and pictures
 
@@ -140,6 +170,87 @@ class TuneAVideo:
 
     # ---------------------------------------------------------------------------------------------- training
 
+    def tuning(
+        self,
+        posterior: tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]],
+        text: Float[Array, "1 L e"],
+        *,
+        learning_rate: float = 3e-5,
+        weight_decay: float = 1e-2,
+        max_grad_norm: float = 1.0,
+        seed: int = 33,
+        trainable: Sequence[str] = training.TRAINABLE,
+        remat: bool = True,
+    ) -> tuple[training.Learner, Advance]:
+        """What `training.loop` needs: a fresh learner, and the function that takes it one step on."""
+        key = jax.random.key(seed)
+        mean, std = posterior
+
+        def example_and_step(graph, learner, frozen, step, rest, options):
+            return training.tune_step(graph, learner, frozen, key, jnp.int32(step), mean, std, *rest, **options)
+
+        return self._lesson(
+            example_and_step, text, (learning_rate, weight_decay, max_grad_norm), trainable=trainable, remat=remat
+        )
+
+    def _lesson(self, take_step, text, hyper, *, trainable: Sequence[str], remat: bool):
+        graph, trained, frozen = nnx.split(self.parts.unet, training.subset(trainable), ...)
+        rest = (text, jnp.asarray(self.schedule.levels), training.Hyper(*(jnp.float32(x) for x in hyper)))
+        options = {"prediction": self.schedule.prediction, "remat": remat}
+
+        def advance(learner: training.Learner, step: int):
+            with self._exact():
+                return take_step(graph, learner, frozen, step, rest, options)
+
+        return training.Learner.create(trained), advance
+
+    def adopt(self, learner: training.Learner) -> None:
+        """Use what has been learned, for sampling and saving. Good until the learner's next step takes its buffers."""
+        nnx.update(self.parts.unet, learner.trained)
+
+    def _learn(self, learner: training.Learner, advance: Advance, steps: int, bar) -> Tuned:
+        reports = []
+        for progress in training.loop(advance, learner, 0, steps):
+            learner = progress.learner
+            for _, report in progress.reports:
+                bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)
+                bar.update()
+                reports.append(report)
+        self.adopt(learner)
+        return Tuned(np.array([r.loss for r in reports]), np.array([r.grad_norm for r in reports]))
+
+    def tune(
+        self,
+        clip: Frames,
+        prompt: str,
+        *,
+        steps: int = 500,
+        learning_rate: float = 3e-5,
+        weight_decay: float = 1e-2,
+        max_grad_norm: float = 1.0,
+        seed: int = 33,
+        trainable: Sequence[str] = training.TRAINABLE,
+        remat: bool = True,
+        progress: bool | None = None,
+    ) -> Tuned:
+        """Learn the clip's motion; leaves the UNet tuned. `progress` shows a bar: by default where somebody looks."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(f"steps is {steps!r}; it must be a whole number, 1 or more")
+        learner, advance = self.tuning(
+            self.posterior(clip),
+            self.encode_text(prompt),
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+            trainable=trainable,
+            remat=remat,
+        )
+        if isinstance(clip, Clip):
+            self.source = clip
+        with progress_bar(steps, "tuning", progress) as bar:
+            return self._learn(learner, advance, steps, bar)
+
     def replay(
         self,
         latents: Float[Given, "1 F h w c"],
@@ -150,8 +261,9 @@ class TuneAVideo:
         learning_rate: float = 3e-5,
         weight_decay: float = 1e-2,
         max_grad_norm: float = 1.0,
+        trainable: Sequence[str] = training.TRAINABLE,
         remat: bool = True,
-    ) -> Replay:
+    ) -> Tuned:
         """Training steps on given latents, timesteps and noise; leaves the UNet tuned."""
         latents, noise = self._checked_latents(latents), jnp.asarray(noise, jnp.float32)
         times = np.asarray(timesteps, np.int32)
@@ -165,22 +277,20 @@ class TuneAVideo:
                 f"timesteps go from {times.min()} to {times.max()}; they must be within 0 to "
                 f"{self.schedule.train_steps - 1}"
             )
-        text = self.encode_text(prompt)
-        levels = jnp.asarray(self.schedule.levels)
-        hyper = training.Hyper(*(jnp.float32(x) for x in (learning_rate, weight_decay, max_grad_norm)))
-        graph, trained, frozen = nnx.split(self.parts.unet, training.is_trainable(), ...)
-        learner, reports = training.Learner.create(trained), []
-        with self._exact():
-            for t, eps in zip(times, noise, strict=True):
-                example = training.Example(latents, eps[None], jnp.int32(t))
-                learner, report = training.replay_step(
-                    graph, learner, frozen, example, text, levels, hyper,
-                    prediction=self.schedule.prediction, remat=remat,
-                )  # fmt: skip
-                reports.append(report)
-        nnx.update(self.parts.unet, learner.trained)
-        reports = jax.device_get(reports)
-        return Replay(np.array([r.loss for r in reports]), np.array([r.grad_norm for r in reports]))
+
+        def given_step(graph, learner, frozen, step, rest, options):
+            example = training.Example(latents, noise[step][None], jnp.int32(times[step]))
+            return training.replay_step(graph, learner, frozen, example, *rest, **options)
+
+        learner, advance = self._lesson(
+            given_step,
+            self.encode_text(prompt),
+            (learning_rate, weight_decay, max_grad_norm),
+            trainable=trainable,
+            remat=remat,
+        )
+        with progress_bar(len(times), "replay", False) as bar:
+            return self._learn(learner, advance, len(times), bar)
 
     # ------------------------------------------------------------------------------------ inversion and sampling
 
@@ -230,7 +340,7 @@ class TuneAVideo:
         if not texts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
         ladder = self.schedule.sampling(steps)
-        latents = self._noise(seed, frames, size) if latents is None else self._checked_latents(latents)
+        latents = self.noise(seed, frames, size) if latents is None else self._checked_latents(latents)
         latents = jnp.repeat(latents, len(texts), axis=0)  # [P, F, h, w, 4]
         use_guidance = guidance > 1
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
@@ -303,7 +413,8 @@ class TuneAVideo:
             )
         return latents
 
-    def _noise(self, seed: int, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
+    def noise(self, seed: int, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
+        """A start without an inversion; frames and size (height, width) are by default the source's."""
         if self.source is not None:
             frames = len(self.source.frames) if frames is None else frames
             size = self.source.frames.shape[1:3] if size is None else size

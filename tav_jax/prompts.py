@@ -1,5 +1,8 @@
-"""Prompts: words to token ids."""
+"""Prompts: words to token ids, and to file names."""
 
+import hashlib
+import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,3 +45,24 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarra
             )
     encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
     return encoded.input_ids.astype(np.int32)
+
+
+def file_names(texts: Sequence[str], *, longest: int = 60) -> list[str]:
+    """A safe file name for each prompt, without a suffix; no two alike, and the same ones every time.
+
+    Letters and digits stay, everything else becomes one dash. Where that loses something which tells prompts apart, a
+    short digest of the whole text follows.
+    """
+    plain = [_plain(text) for text in texts]
+    names = []
+    for text, name in zip(texts, plain, strict=True):
+        if not name or len(name) > longest or plain.count(name) > texts.count(text):
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+            name = f"{name[:longest].rstrip('-') or 'prompt'}-{digest}"
+        names.append(name)
+    return names
+
+
+def _plain(text: str) -> str:
+    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")

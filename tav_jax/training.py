@@ -1,8 +1,10 @@
-"""One-shot tuning: which weights learn, the loss, the optimizer, one step.
+"""One-shot tuning: which weights learn, the loss, the optimizer, one step, the loop.
 
 Only the trained weights have gradients, Adam moments and a float32 copy. Frozen weights are plain inputs.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -19,6 +21,12 @@ TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
 PLACES = ("down", "mid", "up")
 
 Grads = TypeVar("Grads")
+
+
+def subset(words: Sequence[str]) -> Callable[..., bool]:
+    """The filter for a list of suffixes of names; with any of down, mid, up in it, only in these parts of the UNet."""
+    names = tuple(word for word in words if word not in PLACES)
+    return is_trainable(names, tuple(word for word in words if word in PLACES) or PLACES)
 
 
 def is_trainable(names: tuple[str, ...] = TRAINABLE, places: tuple[str, ...] = PLACES):
@@ -149,3 +157,30 @@ def tune_step(
     """Step number `step` of a run: its randomness depends on the key and the number alone, so a run can be resumed."""
     example = draw(jax.random.fold_in(key, step), mean, std, levels.shape[0])
     return train_step(graph, learner, frozen, example, text, levels, hyper, prediction=prediction, remat=remat)
+
+
+class Progress(NamedTuple):
+    """After a step: what has been learned so far, and the reports that have come in since the last time."""
+
+    done: int
+    learner: Learner
+    reports: list[tuple[int, Report]]
+
+
+def loop(
+    advance: Callable[[Learner, int], tuple[Learner, Report]], learner: Learner, first: int, last: int, *, lag: int = 2
+) -> Iterator[Progress]:
+    """Steps `first` to `last` − 1. A step's report is read when `lag` more are under way, so that no log line stalls
+    the device; with the last step all that are left come.
+
+    A yielded learner is good until the next step is asked for, which takes its buffers.
+    """
+    waiting: deque[tuple[int, Report]] = deque()
+    for step in range(first, last):
+        learner, report = advance(learner, step)
+        waiting.append((step + 1, report))
+        ready = []
+        while waiting and (len(waiting) > lag or step == last - 1):
+            number, oldest = waiting.popleft()
+            ready.append((number, jax.device_get(oldest)))
+        yield Progress(step + 1, learner, ready)

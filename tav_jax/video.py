@@ -33,7 +33,6 @@ FOLDER_FPS = 8.0  # a folder of frames does not say how fast it plays
 SIDE = 4  # no Stable Diffusion's VAE divides a side by less; the model checks its own factor
 LARGEST = 16384  # pixels on a side; H.264 goes no further
 MEMORY = 4 << 30  # bytes of chosen frames
-AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 Fit = Literal["crop", "stretch"]
 Shown = Iterator[
     tuple[int, Callable[[], np.ndarray]]
@@ -283,7 +282,7 @@ class _File:
             for packet in container.demux():
                 if packet.pts is not None:
                     reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
-                if packet.stream_index != stream.index:
+                if packet.stream.index != stream.index:
                     continue
                 due = due if packet.dts is None else packet.dts
                 if packet.is_corrupt:
@@ -332,7 +331,7 @@ class _File:
                 # The pictures are walked along: a sound that has ended would be looked for in the whole file.
                 if packet.dts is not None and packet.dts * packet.time_base > end + 10:
                     return
-                for frame in packet.decode() if packet.stream_index == stream.index else ():
+                for frame in packet.decode() if packet.stream.index == stream.index else ():
                     at = at if frame.pts is None else frame.pts * stream.time_base
                     if at >= end:
                         return
@@ -400,8 +399,8 @@ def _write_mp4(path: Path, clip: Clip) -> None:
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
         if clip.audio:
-            aac_rate = clip.audio.rate if clip.audio.rate in AAC_RATES else 48000
-            sound = container.add_stream("aac", rate=aac_rate, layout=clip.audio.layout)
+            known = clip.audio.rate in (av.Codec("aac", "w").audio_rates or ())
+            sound = container.add_stream("aac", rate=clip.audio.rate if known else 48000, layout=clip.audio.layout)
         for index, picture in enumerate(clip.frames):
             padded = np.pad(picture, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
@@ -436,4 +435,5 @@ def _write_gif(path: Path, clip: Clip) -> None:
             kept.append(index)
             begins.append(begin)
     lasting = [10 * (end - begin) for begin, end in pairwise([*begins, total])]
-    path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=lasting, loop=0))
+    duration = lasting if len(kept) > 1 else total * 10  # Pillow wants no list for a single picture
+    path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=duration, loop=0))

@@ -5,6 +5,7 @@ is gathered and reported at once. Tensors are read one at a time, straight into 
 """
 
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -140,21 +141,28 @@ class Pipeline:
     vae: VAE
     text_encoder: ClipText
     old_vae_names: bool  # which of the two generations the files used: they are written as they were read
+    fingerprint: str  # of every tensor that was read
 
     @classmethod
     def load(cls, layout: Layout, dtype, *, exact: Callable[..., bool], seed: int = 0) -> "Pipeline":
         """Read every component in `dtype`; the UNet's weights that the filter `exact` picks stay in float32."""
         unet = abstract(UNet, layout.unet, dtype)
-        fill(unet, layout.root, "unet", lambda path: jnp.float32 if exact(path.split("."), None) else dtype, seed)
+        digests = fill(
+            unet, layout.root, "unet", lambda path: jnp.float32 if exact(path.split("."), None) else dtype, seed
+        )
         vae = abstract(VAE, layout.vae, dtype)
-        names = fill(vae, layout.root, "vae", lambda path: dtype)
+        of_vae = fill(vae, layout.root, "vae", lambda path: dtype)
         text_encoder = abstract(ClipText, layout.text_encoder, dtype)
-        fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
-        return cls(layout, unet, vae, text_encoder, any(name.endswith(".proj_attn.weight") for name in names))
+        digests |= of_vae | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
+        old_names = any(name.endswith(".proj_attn.weight") for name in of_vae)
+        whole = hashlib.blake2b(
+            "".join(f"{name} {digests[name]} " for name in sorted(digests)).encode(), digest_size=16
+        )
+        return cls(layout, unet, vae, text_encoder, old_names, whole.hexdigest())
 
 
-def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> list[str]:
-    """Put the tensors of `root/part` into an abstract module, and give their names. A 2D UNet gets temporal layers."""
+def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> dict[str, str]:
+    """Put the tensors of `root/part` into an abstract module; a 2D UNet gets temporal layers. Gives their digests."""
     state = nnx.state(module)
     places = flat(state)
     unexpected, misshapen, found = [], [], {}
@@ -175,15 +183,18 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
         missing = [path for path in missing if not TEMPORAL.fullmatch(path)]
     _report(root / part, [translate(WRITE[part], path) for path in missing], unexpected, misshapen)
 
+    digests = {}
     for path, place in places.items():
         dtype = dtype_of(path)
         if path in found:
-            array = _place(found[path].read(), kernel=path.endswith(".kernel"), dtype=dtype)
+            raw = np.ascontiguousarray(found[path].read())
+            digests[found[path].name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
+            array = _place(raw, kernel=path.endswith(".kernel"), dtype=dtype)
             place.set_value(jax.block_until_ready(array))  # one at a time, or the raw ones would pile up
         else:
             place.set_value(fresh_temporal(path, place.shape, seed).astype(dtype))
     nnx.update(module, state)
-    return [tensor.name for tensor in found.values()]
+    return digests
 
 
 def _report(folder: Path, missing: list[Any], unexpected: list[str], misshapen: list[str]) -> None:
@@ -238,6 +249,14 @@ def inflated_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **three, "_class_name": "UNet3DConditionModel"}
 
 
+def check_target(directory: str | Path) -> Path:
+    """Nothing is overwritten: the folder must be empty or new."""
+    target = Path(directory).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already and is not an empty folder; give another name or remove it first.")
+    return target
+
+
 def save(pipeline: Pipeline, directory: str | Path) -> None:
     """Write a pipeline directory that this code, the official code and (its 2D part) Diffusers read.
 
@@ -245,9 +264,7 @@ def save(pipeline: Pipeline, directory: str | Path) -> None:
     """
     from safetensors.numpy import save_file
 
-    target = Path(directory).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already and is not an empty folder; give another name or remove it first.")
+    target = check_target(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     layout = pipeline.layout
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -277,9 +294,12 @@ def save(pipeline: Pipeline, directory: str | Path) -> None:
         if target.exists():
             target.rmdir()
         scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise InputError(
+            f"{target} could not be written ({error.strerror or error}); make room or give another"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # gone already where all went well
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

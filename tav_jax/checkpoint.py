@@ -1,0 +1,103 @@
+"""What a run keeps, with Orbax: trained weights, Adam's moments, the step, the config, the base model's fingerprint.
+
+The frozen weights are the base model's and are not kept: a checkpoint is about 0.9 GB for Stable Diffusion, not 4.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tav_jax.errors import InputError, MissingError
+from tav_jax.training import Learner
+from tav_jax.weights import flat
+
+
+def _tree(learner: Learner) -> dict[str, Any]:
+    """Plain tables of names, so that a checkpoint does not depend on a library's classes."""
+    adam = learner.moments[0]  # pyright: ignore[reportIndexIssue]
+
+    def values(state: nnx.State) -> dict[str, jax.Array]:
+        return {name: leaf.get_value() for name, leaf in flat(state).items()}
+
+    return {"trained": values(learner.trained), "mu": values(adam.mu), "nu": values(adam.nu), "count": adam.count}
+
+
+def _fill(state: nnx.State, values: dict[str, jax.Array]) -> None:
+    for name, leaf in flat(state).items():
+        leaf.set_value(values[name])
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving is asynchronous: the next steps go on while files are written."""
+
+    def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_newest, keep_period=keep_every or None, enable_async_checkpointing=True
+        )
+        self.directory = directory
+        self.manager = ocp.CheckpointManager(directory, options=options, item_names=("learner", "about"))
+
+    @property
+    def newest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, step: int, learner: Learner, about: dict[str, Any]) -> None:
+        if step in self.manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            learner=ocp.args.StandardSave(_tree(learner)),  # pyright: ignore[reportCallIssue]
+            about=ocp.args.JsonSave({**about, "step": step}),  # pyright: ignore[reportCallIssue]
+        )
+        try:
+            self.manager.save(step, args=items)
+        except (OSError, ValueError) as error:
+            raise self._not_written(step, error) from error
+
+    def wait(self) -> None:
+        """Until everything that was saved is on the disk."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._not_written(self.newest, error) from error
+
+    def _not_written(self, step: int | None, error: Exception) -> InputError:
+        return InputError(
+            f"the checkpoint of step {step} could not be written to {self.directory} ({_first_line(error)}); earlier "
+            "ones are whole. Make room, and run the same command again."
+        )
+
+    def about(self, step: int | None = None) -> dict[str, Any]:
+        return self._restore(step, about=ocp.args.JsonRestore())["about"]  # pyright: ignore[reportCallIssue]
+
+    def restore(self, learner: Learner, step: int | None = None) -> Learner:
+        """The saved state, in place of `learner`'s values."""
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(learner))
+        found = self._restore(step, learner=ocp.args.StandardRestore(shapes))["learner"]  # pyright: ignore
+        adam = learner.moments[0]  # pyright: ignore[reportIndexIssue]
+        _fill(learner.trained, found["trained"])
+        _fill(adam.mu, found["mu"])
+        _fill(adam.nu, found["nu"])
+        moments = (adam._replace(count=found["count"]), *learner.moments[1:])  # pyright: ignore[reportIndexIssue]
+        return Learner(learner.trained, moments)
+
+    def weights(self, state: nnx.State, step: int | None = None) -> None:
+        """Only the trained weights, put into `state`: what an edit needs."""
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state)
+        saved = flat(self.restore(Learner.create(zeros), step).trained)
+        _fill(state, {name: leaf.get_value() for name, leaf in saved.items()})
+
+    def _restore(self, step: int | None, **items: Any) -> Any:
+        step = self.newest if step is None else step
+        if step is None:
+            raise MissingError(f"{self.directory} holds no checkpoint yet; run `tav train` until one is written")
+        return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

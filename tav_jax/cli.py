@@ -1,0 +1,160 @@
+"""The command `tav`. No logic here: it reads the command line and calls the rooms that do the work.
+
+Exit status: 0 done, 1 an error of ours, 2 something to mend on the command line, in the config or in a file, 130 stopped
+with Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tav_jax import __version__
+from tav_jax.errors import InputError, MissingError, TavError
+
+DESCRIPTION = "One-shot video tuning on JAX: one clip and one sentence in, edited clips out."
+SETTINGS = """\
+settings:
+  --config=FILE.py             a file with a get_config(); without it the paper's settings are used
+  --config.NAME=VALUE          one setting, such as --config.clip.path=man.mp4 --config.clip.prompt="a man is skiing"
+                               --config.train.steps=300 --config.edit.prompts="('spider man is skiing',)"
+"""
+EXAMPLES = """\
+examples:
+  tav train  --config=configs/man_skiing.py --workdir=runs/ski
+  tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
+  tav export --workdir=runs/ski --out=spider-ski
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="tav", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    top.add_argument("--version", action="version", version=f"tav_jax {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="learn a clip's motion; the same line again continues",
+        description="Learn a clip's motion. The same line again continues, or says that the run is finished.",
+        epilog=SETTINGS,
+        formatter_class=raw,
+    )
+    train.add_argument("--workdir", required=True, help="the run's folder, here or in a bucket (gs://…)")
+
+    edit = commands.add_parser(
+        "edit",
+        help="make edited clips from a tuned run",
+        description="Make edited clips from a tuned run. All prompts share one inversion and one compilation.",
+        formatter_class=raw,
+    )
+    edit.add_argument("--workdir", required=True, help="the folder of a `tav train`")
+    edit.add_argument("--prompt", action="append", default=[], help="what to show instead; may be given several times")
+    edit.add_argument("--out", help="folder for the videos (default: WORKDIR/edits)")
+    edit.add_argument("--negative-prompt", help="what to keep away from (default: the config's)")
+    edit.add_argument("--guidance", type=float, help="how strongly to follow the prompt (default: the config's, 12.5)")
+    edit.add_argument("--steps", type=int, help="sampling steps (default: the config's, 50)")
+    edit.add_argument("--inversion-steps", type=int, help="inversion steps (default: the config's, 50)")
+    edit.add_argument("--no-inversion", action="store_true", help="start from noise instead of the inverted clip")
+    edit.add_argument("--seed", type=int, action="append", default=[], help="of the noise, with --no-inversion")
+    edit.add_argument("--gif", action="store_true", help="write GIFs instead of MP4s")
+    edit.add_argument("--force", action="store_true", help="overwrite videos that are there already")
+
+    export = commands.add_parser(
+        "export",
+        help="write a tuned run in the Diffusers layout",
+        description="Write a tuned run as a pipeline directory in the Diffusers layout, with the UNet inflated to 3D.",
+    )
+    export.add_argument("--workdir", required=True, help="the folder of a `tav train`")
+    export.add_argument("--out", required=True, help="the folder to write; it must not hold anything yet")
+    export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+
+    commands.add_parser("doctor", help="say what this machine has, what is missing, and what mends it")
+    return top
+
+
+def read_config(arguments: Sequence[str]) -> Any:
+    """The config of `--config=FILE --config.NAME=VALUE …`, as absl and ml_collections read it."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    from tav_jax import config
+
+    if unknown := [a for a in arguments if not a.startswith(("--config=", "--config."))]:
+        raise InputError(f"{unknown[0]!r} is not an option of `tav train`; settings are --config.NAME=VALUE")
+    path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
+    if path and not os.path.isfile(path.split(":")[0]):
+        raise MissingError(f"{path} does not exist; give a config file such as configs/default.py")
+    values = flags.FlagValues()
+    before, sys.argv = sys.argv, ["tav", *arguments]  # where ml_collections looks for overrides
+    try:
+        config_flags.DEFINE_config_file("config", path or config.__file__, flag_values=values)
+        values(sys.argv)
+        return config.validate(values.config)
+    except TavError:
+        raise
+    except Exception as error:  # whatever a config file, a misspelt name or a wrong type raises in there
+        told = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()) or type(error).__name__
+        raise InputError(f"the config cannot be read: {told}") from error
+    finally:
+        sys.argv = before
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    if arguments.command == "doctor":
+        from tav_jax import doctor
+
+        return doctor.report()
+    if arguments.command == "train":
+        settings = read_config(rest)
+        from tav_jax.run import Run
+
+        Run.start_or_continue(arguments.workdir, settings).train()
+        return 0
+    from tav_jax.run import Run
+
+    job = Run.open(arguments.workdir)
+    if arguments.command == "export":
+        from tav_jax.weights import check_target
+
+        check_target(arguments.out)
+        job.restore(arguments.step).save_pretrained(arguments.out)
+        print(f"Wrote {arguments.out}.")
+        return 0
+    from tav_jax import config
+    from tav_jax.edit import edit
+
+    for name in ("negative_prompt", "guidance", "steps", "inversion_steps"):
+        if (value := getattr(arguments, name)) is not None:
+            job.config.edit[name] = value
+    job.config = config.validate(job.config)
+    paths = edit(
+        job,
+        arguments.prompt or job.config.edit.prompts,
+        out=arguments.out,
+        inversion=not arguments.no_inversion,
+        seeds=arguments.seed or (0,),
+        suffix=".gif" if arguments.gif else ".mp4",
+        force=arguments.force,
+    )
+    print("\n".join(f"Wrote {path}" for path in paths))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser().error(f"{rest[0]} is not an option of `tav {arguments.command}`")
+    try:
+        return run(arguments, rest)
+    except TavError as error:
+        print(f"tav: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tav: stopped", file=sys.stderr)
+        return 130
+
+
+def entry() -> None:
+    sys.exit(main())

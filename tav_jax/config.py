@@ -1,0 +1,176 @@
+"""The settings of a run: the paper's by default, checked as a whole before anything is loaded.
+
+A config file in `configs/` has a `get_config()` that starts from the one here and changes what it must.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tav_jax.errors import InputError
+
+
+def get_config() -> ConfigDict:
+    """The paper's setting: 24 frames of 512², 500 steps at 3e-5, 50 + 50 DDIM steps, guidance 12.5."""
+    return ConfigDict(
+        {
+            "model": {
+                "path": "CompVis/stable-diffusion-v1-4",  # a directory, a hub id or a bucket path
+                "dtype": "bfloat16",  # of frozen weights and arithmetic; trained weights are float32
+                "spatial_attention": "sparse-causal",  # or first-frame, per-frame
+                "temporal_attention": True,
+            },
+            "clip": {
+                "path": "",
+                "prompt": "",
+                "frames": 24,  # 0: all that fit
+                "height": 512,
+                "width": 512,
+                "start": 0,
+                "stride": 1,
+                "fit": "crop",  # or stretch, as the official code does
+            },
+            "train": {
+                "steps": 500,
+                "learning_rate": 3e-5,
+                "weight_decay": 1e-2,
+                "max_grad_norm": 1.0,
+                # Suffixes of module names; with any of down, mid, up only in these parts of the UNet.
+                "trainable": ("attn1.to_q", "attn2.to_q", "attn_temp"),
+                "remat": True,  # keep only each block's input for the backward pass
+                "checkpoint_every": 100,  # 0: only at the end
+                "keep_newest": 2,
+                "keep_every": 0,  # and every such step for good; 0: none
+                "preview_every": 100,  # the edit prompts from the inverted clip; 0: never
+            },
+            "edit": {
+                "prompts": (),
+                "negative_prompt": "",
+                "steps": 50,
+                "guidance": 12.5,
+                "inversion_steps": 50,
+            },
+            "log": {
+                "tensorboard": False,
+                "wandb": "",  # a project's name
+                "profile_step": 0,  # the first step of a profiler window; 0: none
+                "profile_steps": 3,
+            },
+            "mesh": {"data": 1, "frames": 1},
+            "seed": 33,
+        }
+    )
+
+
+# What may be different when a run continues; everything else would make it another run.
+MAY_CHANGE = ("train.steps", "train.preview_every", "edit.", "log.", "mesh.")
+
+CHOICES = {
+    "model.dtype": ("bfloat16", "float16", "float32"),
+    "model.spatial_attention": ("sparse-causal", "first-frame", "per-frame"),
+    "clip.fit": ("crop", "stretch"),
+}
+# name → least, most
+RANGES = {
+    "clip.frames": (0, 10_000),
+    "clip.start": (0, 10_000_000),
+    "clip.stride": (1, 100_000),
+    "train.steps": (1, 10_000_000),
+    "train.learning_rate": (0.0, 1.0),
+    "train.weight_decay": (0.0, 1.0),
+    "train.checkpoint_every": (0, 10_000_000),
+    "train.keep_newest": (1, 10_000),
+    "train.keep_every": (0, 10_000_000),
+    "train.preview_every": (0, 10_000_000),
+    "edit.steps": (1, 999),
+    "edit.inversion_steps": (1, 999),
+    "edit.guidance": (0.0, 1000.0),
+    "log.profile_step": (0, 10_000_000),
+    "log.profile_steps": (1, 1000),
+    "mesh.data": (1, 1),
+    "mesh.frames": (1, 1),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("train.steps", 500), …"""
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            yield prefix + name, value
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """The config with its defaults filled in, or one error that names everything that is wrong with it."""
+    known = dict(leaves(get_config()))
+    problems, given = [], {}
+    for name, value in leaves(config):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            problems.append(f"{name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
+        elif (fitting := _as_type(value, known[name])) is None:
+            problems.append(f"{name} is {value!r}, expected {_kind(known[name])} such as {known[name]!r}")
+        else:
+            given[name] = fitting
+    for name, value in given.items():
+        problems += _problems(name, value)
+    if problems:
+        raise InputError(f"the config cannot be used: {'; '.join(problems)}.")
+    full = get_config()
+    full.update_from_flattened_dict({**known, **given})
+    return full
+
+
+def _kind(default: Any) -> str:
+    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+    return kinds[type(default)]
+
+
+def _as_type(value: Any, default: Any) -> Any:
+    """The value in the default's type, or None where it does not fit."""
+    if isinstance(default, tuple):
+        fits = isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+        return tuple(value) if fits else None
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is type(default) else None
+
+
+def _problems(name: str, value: Any) -> Iterator[str]:
+    if name in CHOICES and value not in CHOICES[name]:
+        yield f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}"
+    if name in ("clip.height", "clip.width") and not (8 <= value <= 8192 and value % 4 == 0):
+        below = min(max(value // 8 * 8, 8), 8184)
+        yield f"{name} {value} is not a multiple of 8 from 8 to 8192; use {below} or {below + 8}"
+    if name in RANGES:
+        least, most = RANGES[name]
+        if not least <= value <= most:
+            why = " (this version runs on one device)" if name.startswith("mesh.") else ""
+            yield f"{name} is {value!r}; it must be {least} to {most}{why}"
+    if name == "train.max_grad_norm" and not value > 0:
+        yield f"{name} is {value!r}; it must be above 0"
+    if name == "train.trainable" and not set(value) - {"down", "mid", "up"}:
+        yield f"{name} is {value!r}; it must name at least one kind of layer, such as 'attn_temp'"
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, default=list) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    return validate(ConfigDict(json.loads(text)))
+
+
+def differences(before: ConfigDict, now: ConfigDict) -> list[str]:
+    """What keeps `now` from continuing a run that was started with `before`."""
+    old = dict(leaves(before))
+    return [
+        f"{name} was {old[name]!r} and is {value!r}"
+        for name, value in leaves(now)
+        if value != old[name] and not name.startswith(MAY_CHANGE)
+    ]

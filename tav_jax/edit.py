@@ -1,0 +1,181 @@
+"""`tav edit`: one restore, one inversion, one compilation, any number of prompts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tav_jax import memory, prompts
+from tav_jax.errors import InputError
+from tav_jax.pipeline import Edit, TuneAVideo, progress_bar
+from tav_jax.run import Run, load_clip, say
+from tav_jax.video import Clip
+from tav_jax.workdir import Workdir
+
+
+def edit(
+    run: Run,
+    texts: Sequence[str],
+    *,
+    out: str | None = None,
+    inversion: bool = True,
+    seeds: Sequence[int] = (0,),
+    suffix: str = ".mp4",
+    force: bool = False,
+) -> list[str]:
+    """Sample the prompts as the run's config says, write a video of each and one of all side by side. Gives the paths."""
+    e = run.config.edit
+    if not texts:
+        raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
+    targets = _targets(texts, seeds if not inversion else (None,), suffix)
+    folder = Workdir(out).create() if out else run.workdir
+    place = "" if out else "edits/"
+    together = place + prompts.file_names(["side by side " + ", ".join(texts)])[0] + suffix
+    taken = [name for name in (*(place + target for _, _, target in targets), together) if (folder / name).exists()]
+    if taken and not force:
+        raise InputError(f"{folder / taken[0]} exists already; add --force to overwrite, or give another --out")
+
+    clip = load_clip(run.config)
+    tav = run.restore()
+    tav.source = clip
+    noise = inverted(run, tav, clip) if inversion else None
+    edits: list[Edit] = []
+    for seed in dict.fromkeys(seed for _, seed, _ in targets):
+        start = tav.noise(seed, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
+        chosen = [text for text, at, _ in targets if at == seed]
+        edits += sample_in_batches(tav, chosen, start, e)
+
+    written = []
+    for made, (_, _, target) in zip(edits, targets, strict=True):
+        _write(folder, Clip(made.frames, made.fps, made.audio), place + target)
+        written.append(str(folder / (place + target)))
+    _write(folder, side_by_side(clip, edits, run.config.clip.prompt), together)
+    return [*written, str(folder / together)]
+
+
+def _targets(texts: Sequence[str], seeds: Sequence[int | None], suffix: str) -> list[tuple[str, int | None, str]]:
+    """(prompt, seed, file name) of every video to make; a prompt given twice is made once."""
+    texts = list(dict.fromkeys(texts))
+    return [
+        (text, seed, name + (f"-seed{seed}" if seed is not None else "") + suffix)
+        for seed in dict.fromkeys(seeds)
+        for text, name in zip(texts, prompts.file_names(texts), strict=True)
+    ]
+
+
+def sample_in_batches(tav: TuneAVideo, texts: Sequence[str], start: Any, e: Any) -> list[Edit]:
+    """All prompts, as many at once as memory allows; the last batch is filled up, so that one program does for all."""
+    _, frames, height, width, _ = start.shape
+    need = memory.need(tav.parts.unet.config, frames, height, width, frozen=0, trained=0, itemsize=tav.dtype.itemsize)
+    size = memory.prompts_at_once(len(texts), need.sampling)
+    edits: list[Edit] = []
+    with progress_bar(-(-len(texts) // size) * e.steps, "sampling") as bar:
+        for begin in range(0, len(texts), size):
+            batch = list(texts[begin : begin + size])
+            filled = batch + batch[:1] * (size - len(batch))
+            edits += tav.sample(
+                filled,
+                latents=start,
+                steps=e.steps,
+                guidance=e.guidance,
+                negative_prompt=e.negative_prompt,
+                progress=None if bar.disable else lambda _: bar.update() and None,
+            )[: len(batch)]
+    return edits
+
+
+# ------------------------------------------------------------------------------------------------------- inversion
+
+
+def inverted(run: Run, tav: TuneAVideo, clip: Clip) -> Any:
+    """The clip's noise, kept in the run's folder and used again while nothing that it depends on changes."""
+    steps, step = run.config.edit.inversion_steps, run.checkpoints.newest
+    depends = {
+        "frames": hashlib.blake2b(clip.frames.tobytes(), digest_size=16).hexdigest(),
+        "shape": clip.frames.shape,
+        "base": tav.parts.fingerprint,
+        "checkpoint": step,
+        "model": run.config.model.to_dict(),
+        "steps": steps,
+    }
+    key = hashlib.blake2b(json.dumps(depends, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
+    name = f"inversions/{key}.npz"
+    if (kept := _read_noise(run.workdir, name)) is not None:
+        say(f"Reusing the inversion in {run.workdir / name}.")
+        return kept
+    with progress_bar(steps, "inverting") as bar:
+        noise = tav.invert(clip, steps=steps, progress=None if bar.disable else lambda _: bar.update() and None)
+    scratch = run.workdir.scratch(name)
+    try:
+        np.savez(scratch, noise=np.asarray(noise))
+        run.workdir.publish(scratch, name)
+    finally:
+        scratch.unlink(missing_ok=True)
+    say(f"Inverted the clip in {steps} steps; kept in {run.workdir / name}.")
+    return noise
+
+
+def _read_noise(workdir: Workdir, name: str) -> Any:
+    file = workdir.fetch(name)
+    if file is None:
+        return None
+    try:
+        with np.load(file) as table:
+            return jnp.asarray(table["noise"])
+    except (OSError, ValueError, KeyError, EOFError):  # damaged: made again
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------- side by side
+
+
+def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:
+    """The source and the edits in one picture, in step, each under its words."""
+    columns = [(prompt or "source", source.frames), *((e.prompt or "(empty prompt)", e.frames) for e in edits)]
+    height, width = source.frames.shape[1:3]
+    captions = [caption(text, width) for text, _ in columns]
+    tallest = max(c.shape[0] for c in captions)
+    frames = []
+    for i in range(len(source.frames)):
+        tiles = []
+        for text, (_, video) in zip(captions, columns, strict=True):
+            tile = np.full((height + tallest, width, 3), 255, np.uint8)
+            tile[: text.shape[0]] = text
+            tile[tallest:] = video[i]
+            tiles.append(tile)
+        frames.append(np.concatenate(tiles, axis=1))
+    return Clip(np.stack(frames), source.fps, source.audio)
+
+
+def caption(text: str, width: int, lines: int = 4) -> np.ndarray:
+    """Words on white, broken to the width and cut after a few lines."""
+    font = ImageFont.load_default(max(9, width // 20))
+    words, rows = " ".join(text.split()).split(" "), [""]
+    for word in words:
+        longer = f"{rows[-1]} {word}".strip()
+        if font.getlength(longer) <= width - 8 or not rows[-1]:
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    if len(rows) > lines:
+        rows = [*rows[: lines - 1], rows[lines - 1] + " …"]
+    line = font.size + 4  # pyright: ignore[reportAttributeAccessIssue]
+    picture = Image.new("RGB", (width, int(line * len(rows)) + 8), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, row in enumerate(rows):
+        draw.text((4, 4 + i * line), row, fill="black", font=font)
+    return np.asarray(picture)
+
+
+def _write(folder: Workdir, clip: Clip, name: str) -> None:
+    scratch = folder.scratch(name)
+    try:
+        clip.save(scratch)
+        folder.publish(Path(scratch), name)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""A run's folder, on this machine or in a bucket.
+
+A bucket cannot append, rename or lock. So files are always made whole on this machine, and `publish` puts them in
+place: by a rename here, by one upload there.
+
+    config.json  metrics.jsonl  checkpoints/  previews/  inversions/  edits/
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tav_jax.errors import InputError, MissingError
+
+
+class Workdir:
+    def __init__(self, path: str | Path):
+        from etils import epath
+
+        self.remote = "://" in str(path)
+        self.path: Any = epath.Path(str(path)) if self.remote else Path(path).expanduser().absolute()
+        # Where files are made. On this machine it is the folder itself, so that a rename is all that publishing takes.
+        self.local = Path(tempfile.mkdtemp(prefix="tav_jax_run_")) if self.remote else self.path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def create(self) -> "Workdir":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise InputError(f"{self} is a file; give a folder for the run") from error
+        except OSError as error:
+            raise InputError(f"{self} cannot be made ({error.strerror or error}); give a folder that can") from error
+        if not self.remote and not os.access(self.path, os.W_OK):
+            raise InputError(f"{self} may not be written; give another folder or change its permissions")
+        return self
+
+    def existing(self) -> "Workdir":
+        if not (self.path / "config.json").exists():
+            raise MissingError(f"{self} holds no run (no config.json); give the --workdir of a `tav train`")
+        return self
+
+    @property
+    def has_run(self) -> bool:
+        return (self.path / "config.json").exists()
+
+    def __truediv__(self, name: str) -> Any:
+        return self.path / name
+
+    def read(self, name: str) -> str | None:
+        file = self.path / name
+        return file.read_text() if file.exists() else None
+
+    def write(self, name: str, text: str) -> None:
+        """A small file, whole or not at all."""
+        scratch = self.scratch(name)
+        try:
+            scratch.write_text(text)
+            self.publish(scratch, name)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+    def scratch(self, name: str) -> Path:
+        """Where a file that will be published as `name` is made: a hidden one beside it."""
+        final = self.local / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        return final.with_name(f".{final.stem}.{os.getpid()}{final.suffix}")
+
+    def publish(self, file: Path, name: str) -> None:
+        if not self.remote:
+            os.replace(file, self.path / name)
+            return
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+        file.unlink()
+
+    def fetch(self, name: str) -> Path | None:
+        """A file of the run as one on this machine."""
+        source = self.path / name
+        if not source.exists():
+            return None
+        if not self.remote:
+            return source
+        target = self.local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+        return target
+
+    def close(self) -> None:
+        if self.remote:
+            shutil.rmtree(self.local, ignore_errors=True)
