@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """What a run keeps, with Orbax: trained weights, Adam's moments, the step, the config, the base model's fingerprint.
 
 The frozen weights are the base model's and are not kept: a checkpoint is about 0.9 GB for Stable Diffusion, not 4.
@@ -17,7 +18,7 @@ from tav_jax.weights import flat
 
 def _tree(learner: Learner) -> dict[str, Any]:
     """Plain tables of names, so that a checkpoint does not depend on a library's classes."""
-    adam = learner.moments[0]  # pyright: ignore[reportIndexIssue]
+    adam = learner.moments[0]
 
     def values(state: nnx.State) -> dict[str, jax.Array]:
         return {name: leaf.get_value() for name, leaf in flat(state).items()}
@@ -27,7 +28,12 @@ def _tree(learner: Learner) -> dict[str, Any]:
 
 def _fill(state: nnx.State, values: dict[str, jax.Array]) -> None:
     for name, leaf in flat(state).items():
-        leaf.set_value(values[name])
+        leaf.set_value(_unpinned(values[name]))
+
+
+def _unpinned(x: jax.Array) -> jax.Array:
+    """Orbax ties what it restores to a device; a program that met the same shapes untied would be compiled again."""
+    return jnp.asarray(jax.device_get(x))
 
 
 class Checkpoints:
@@ -48,8 +54,8 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         items = ocp.args.Composite(
-            learner=ocp.args.StandardSave(_tree(learner)),  # pyright: ignore[reportCallIssue]
-            about=ocp.args.JsonSave({**about, "step": step}),  # pyright: ignore[reportCallIssue]
+            learner=ocp.args.StandardSave(_tree(learner)),
+            about=ocp.args.JsonSave({**about, "step": step}),
         )
         try:
             self.manager.save(step, args=items)
@@ -70,17 +76,17 @@ class Checkpoints:
         )
 
     def about(self, step: int | None = None) -> dict[str, Any]:
-        return self._restore(step, about=ocp.args.JsonRestore())["about"]  # pyright: ignore[reportCallIssue]
+        return self._restore(step, about=ocp.args.JsonRestore())["about"]
 
     def restore(self, learner: Learner, step: int | None = None) -> Learner:
         """The saved state, in place of `learner`'s values."""
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(learner))
-        found = self._restore(step, learner=ocp.args.StandardRestore(shapes))["learner"]  # pyright: ignore
-        adam = learner.moments[0]  # pyright: ignore[reportIndexIssue]
+        found = self._restore(step, learner=ocp.args.StandardRestore(shapes))["learner"]
+        adam = learner.moments[0]
         _fill(learner.trained, found["trained"])
         _fill(adam.mu, found["mu"])
         _fill(adam.nu, found["nu"])
-        moments = (adam._replace(count=found["count"]), *learner.moments[1:])  # pyright: ignore[reportIndexIssue]
+        moments = (adam._replace(count=_unpinned(found["count"])), *learner.moments[1:])
         return Learner(learner.trained, moments)
 
     def weights(self, state: nnx.State, step: int | None = None) -> None:

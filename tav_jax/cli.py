@@ -1,10 +1,11 @@
 """The command `tav`. No logic here: it reads the command line and calls the rooms that do the work.
 
-Exit status: 0 done, 1 an error of ours, 2 something to mend on the command line, in the config or in a file, 130 stopped
-with Ctrl-C.
+Exit status: 0 done, 1 an error of ours, 2 something to mend on the command line, in the config or in a file, 130
+stopped with Ctrl-C.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,9 @@ def read_config(arguments: Sequence[str]) -> Any:
 
     if unknown := [a for a in arguments if not a.startswith(("--config=", "--config."))]:
         raise InputError(f"{unknown[0]!r} is not an option of `tav train`; settings are --config.NAME=VALUE")
+    names = [a.removeprefix("--config.").split("=")[0] for a in arguments if a.startswith("--config.")]
+    if complaints := config.unknown(names):
+        raise InputError("; ".join(complaints))
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     if path and not os.path.isfile(path.split(":")[0]):
         raise MissingError(f"{path} does not exist; give a config file such as configs/default.py")
@@ -151,6 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TavError as error:
         print(f"tav: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            "tav: the disk is full; what was finished is whole. Make room and run the same command again.",
+            file=sys.stderr,
+        )
+        return TavError.exit_code
     except KeyboardInterrupt:
         print("tav: stopped", file=sys.stderr)
         return 130

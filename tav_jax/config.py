@@ -5,7 +5,7 @@ A config file in `configs/` has a `get_config()` that starts from the one here a
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -96,31 +96,41 @@ RANGES = {
 }
 
 
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("train.steps", 500), …"""
     for name, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
-            yield from leaves(value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
-def validate(config: ConfigDict) -> ConfigDict:
-    """The config with its defaults filled in, or one error that names everything that is wrong with it."""
+def unknown(names: Iterable[str]) -> list[str]:
+    """A complaint about each name that is no setting, with the nearest that is."""
     known = dict(leaves(get_config()))
-    problems, given = [], {}
-    for name, value in leaves(config):
+    complaints = []
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            problems.append(f"{name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
-        elif (fitting := _as_type(value, known[name])) is None:
+            complaints.append(f"{name} is not a setting{f', did you mean {near[0]}' if near else ''}")
+    return complaints
+
+
+def validate(config: Any) -> ConfigDict:
+    """The config with its defaults filled in, or one error that names everything that is wrong with it."""
+    known = dict(leaves(get_config()))
+    problems, given = unknown(name for name, _ in leaves(config)), {}
+    for name, value in leaves(config):
+        if name not in known:
+            continue
+        if (fitting := _as_type(value, known[name])) is None:
             problems.append(f"{name} is {value!r}, expected {_kind(known[name])} such as {known[name]!r}")
         else:
             given[name] = fitting
     for name, value in given.items():
         problems += _problems(name, value)
     if problems:
-        raise InputError(f"the config cannot be used: {'; '.join(problems)}.")
+        raise InputError(f"the config cannot be used: {'; '.join(problems)}")
     full = get_config()
     full.update_from_flattened_dict({**known, **given})
     return full
@@ -158,7 +168,7 @@ def _problems(name: str, value: Any) -> Iterator[str]:
         yield f"{name} is {value!r}; it must name at least one kind of layer, such as 'attn_temp'"
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Any) -> str:
     return json.dumps(config.to_dict(), indent=2, default=list) + "\n"
 
 
@@ -166,7 +176,7 @@ def from_json(text: str) -> ConfigDict:
     return validate(ConfigDict(json.loads(text)))
 
 
-def differences(before: ConfigDict, now: ConfigDict) -> list[str]:
+def differences(before: Any, now: Any) -> list[str]:
     """What keeps `now` from continuing a run that was started with `before`."""
     old = dict(leaves(before))
     return [

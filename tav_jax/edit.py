@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tav_jax import memory, prompts
 from tav_jax.errors import InputError
-from tav_jax.pipeline import Edit, TuneAVideo, progress_bar
+from tav_jax.pipeline import Edit, TuneAVideo, counter, progress_bar
 from tav_jax.run import Run, load_clip, say
 from tav_jax.video import Clip
 from tav_jax.workdir import Workdir
@@ -28,12 +28,12 @@ def edit(
     suffix: str = ".mp4",
     force: bool = False,
 ) -> list[str]:
-    """Sample the prompts as the run's config says, write a video of each and one of all side by side. Gives the paths."""
+    """Sample the prompts as the run's config says; write a video of each, and one of all side by side. Gives paths."""
     e = run.config.edit
     if not texts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
     targets = _targets(texts, seeds if not inversion else (None,), suffix)
-    folder = Workdir(out).create() if out else run.workdir
+    folder = Workdir(out).usable() if out else run.workdir
     place = "" if out else "edits/"
     together = place + prompts.file_names(["side by side " + ", ".join(texts)])[0] + suffix
     taken = [name for name in (*(place + target for _, _, target in targets), together) if (folder / name).exists()]
@@ -46,7 +46,7 @@ def edit(
     noise = inverted(run, tav, clip) if inversion else None
     edits: list[Edit] = []
     for seed in dict.fromkeys(seed for _, seed, _ in targets):
-        start = tav.noise(seed, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
+        start = tav.noise(seed or 0, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
         chosen = [text for text, at, _ in targets if at == seed]
         edits += sample_in_batches(tav, chosen, start, e)
 
@@ -84,7 +84,7 @@ def sample_in_batches(tav: TuneAVideo, texts: Sequence[str], start: Any, e: Any)
                 steps=e.steps,
                 guidance=e.guidance,
                 negative_prompt=e.negative_prompt,
-                progress=None if bar.disable else lambda _: bar.update() and None,
+                progress=counter(bar),
             )[: len(batch)]
     return edits
 
@@ -109,7 +109,7 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip) -> Any:
         say(f"Reusing the inversion in {run.workdir / name}.")
         return kept
     with progress_bar(steps, "inverting") as bar:
-        noise = tav.invert(clip, steps=steps, progress=None if bar.disable else lambda _: bar.update() and None)
+        noise = tav.invert(clip, steps=steps, progress=counter(bar))
     scratch = run.workdir.scratch(name)
     try:
         np.savez(scratch, noise=np.asarray(noise))

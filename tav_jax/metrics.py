@@ -41,9 +41,9 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            self.board = SummaryWriter(str(workdir.local / "tensorboard"), purge_step=step + 1)
         if wandb:
-            import wandb as client
+            import wandb as client  # pyright: ignore[reportMissingImports]
 
             name = str(workdir).rstrip("/").rsplit("/", 1)[-1]
             self.wandb = client.init(project=wandb, name=name, config=config, resume="allow", dir=str(workdir.local))
@@ -66,7 +66,7 @@ class Metrics:
         if self.board:
             self.board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
         if self.wandb:
-            import wandb as client
+            import wandb as client  # pyright: ignore[reportMissingImports]
 
             self.wandb.log({f"preview/{name}": client.Image(strip)}, step=step)
 
@@ -75,6 +75,9 @@ class Metrics:
         if self.workdir.remote:
             self.file.flush()
             (self.workdir / FILE).write_bytes(self.local.read_bytes())
+            if self.board:
+                self.board.flush()
+                self.workdir.publish_folder("tensorboard")
 
     def close(self) -> None:
         self.file.flush()
@@ -89,6 +92,6 @@ class Metrics:
 def _step(line: str) -> float:
     """The line's step; a line that was cut off by a kill belongs to none."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -49,6 +49,15 @@ def progress_bar(total: int, what: str, show: bool | None = None):
     return tqdm(total=total, desc=what, disable=not show)
 
 
+def counter(bar: Any) -> Callable[[int], None] | None:
+    """A walk's `progress` that moves the bar on; none for a bar that nobody sees."""
+
+    def count(_: int) -> None:
+        bar.update()
+
+    return None if bar.disable else count
+
+
 @dataclass(frozen=True)
 class Edit:
     """A sampled clip."""
@@ -119,7 +128,7 @@ class TuneAVideo:
         weights.save(self.parts, directory)
 
     def offload(self) -> None:
-        """Move the VAE and the text encoder to the host's memory; a call that needs them brings them back for itself."""
+        """Move the VAE and the text encoder to the host's memory; a call that needs them takes them along."""
         for module in (self.parts.vae, self.parts.text_encoder):
             nnx.update(module, jax.device_get(nnx.state(module)))
 

@@ -1,5 +1,6 @@
 """`tav train`, on one page: check, load, encode once, learn, keep, preview."""
 
+import functools
 import json
 import platform
 import sys
@@ -50,15 +51,18 @@ class Run:
 
     def __init__(self, workdir: Workdir, config: Any):
         self.workdir, self.config = workdir, config
-        self.checkpoints = Checkpoints(
-            workdir / "checkpoints", keep_newest=config.train.keep_newest, keep_every=config.train.keep_every
-        )
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Opened when first needed: opening makes their folder."""
+        t = self.config.train
+        return Checkpoints(self.workdir / "checkpoints", keep_newest=t.keep_newest, keep_every=t.keep_every)
 
     @classmethod
     def start_or_continue(cls, workdir: str, config: Any) -> "Run":
         """A run of this config in this folder. Of a run that is there already, only what may change may differ."""
         config = configs.validate(config)
-        folder = Workdir(workdir).create()
+        folder = Workdir(workdir).usable()
         if folder.has_run:
             kept = configs.from_json(folder.read("config.json") or "")
             if changed := configs.differences(kept, config):
@@ -89,8 +93,8 @@ class Run:
         if about["fingerprint"] != tav.parts.fingerprint:
             raise WeightsError(
                 f"the weights of {self.config.model.path} have changed since this run began (fingerprint "
-                f"{tav.parts.fingerprint}, then {about['fingerprint']}), and {self.workdir} holds only what was learned on "
-                "top of them. Bring the old weights back, or start again in another --workdir."
+                f"{tav.parts.fingerprint}, then {about['fingerprint']}), and {self.workdir} holds only what was "
+                "learned on top of them. Bring the old weights back, or start again in another --workdir."
             )
 
     # ------------------------------------------------------------------------------------------------- training
@@ -98,7 +102,7 @@ class Run:
     def train(self) -> None:
         c = self.config
         metrics.check_installed(tensorboard=c.log.tensorboard, wandb=c.log.wandb)
-        first = self.checkpoints.newest or 0
+        first = (self.checkpoints.newest or 0) if self.workdir.has_run else 0
         if first >= c.train.steps:
             say(f"{self.workdir} is finished: {first} steps of {c.train.steps}. Edit with `tav edit --workdir=…`.")
             return
@@ -123,6 +127,7 @@ class Run:
             learner = self.checkpoints.restore(learner)
         tav.offload()
 
+        self.workdir.create()
         self.workdir.write("config.json", configs.to_json(c))
         self.workdir.write("environment.json", json.dumps(environment(), indent=2) + "\n")
         about = {"fingerprint": tav.parts.fingerprint, "config": json.loads(configs.to_json(c))}
@@ -131,8 +136,9 @@ class Run:
         try:
             with progress_bar(c.train.steps, "tuning") as bar:
                 bar.update(first)
-                for done, learner, reports in training.loop(advance, learner, first, c.train.steps):
-                    for step, report in reports:
+                for progress in training.loop(advance, learner, first, c.train.steps):
+                    done, learner = progress.done, progress.learner
+                    for step, report in progress.reports:
                         values = {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
                         log.write(step, values)
                         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -168,9 +174,9 @@ class Run:
         device = jax.devices()[0]
         doing = f"Continuing at step {first} of {c.train.steps}" if first else f"Tuning for {c.train.steps} steps"
         return (
-            f"{doing}: {trained / 1e6:.2f} M of {sum(x.size for x in weights) / 1e6:.2f} M parameters, {frames} frames of "
-            f"{height}×{width}, {c.model.dtype} on {device.device_kind}, about {need.tuning / 2**30:.2f} GiB of its memory; "
-            f"results go to {self.workdir}."
+            f"{doing}: {trained / 1e6:.2f} M of {sum(x.size for x in weights) / 1e6:.2f} M parameters, "
+            f"{frames} frames of {height}×{width}, {c.model.dtype} on {device.device_kind}, about "
+            f"{need.tuning / 2**30:.2f} GiB of its memory; results go to {self.workdir}."
         )
 
     def preview(self, tav: TuneAVideo, latents: jax.Array, step: int, log: metrics.Metrics) -> None:
@@ -223,12 +229,12 @@ class Profiler:
     """A window of steps for JAX's profiler; open the folder with TensorBoard or xprof."""
 
     def __init__(self, workdir: Workdir, first: int, steps: int):
-        self.folder, self.first, self.last = str(workdir / "profile"), first, first + steps
+        self.workdir, self.first, self.last = workdir, first, first + steps
         self.running = False
 
     def after(self, step: int) -> None:
         if self.first and step == self.first and not self.running:
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(str(self.workdir.local / "profile"))
             self.running = True
         elif self.running and step >= self.last:
             self.close()
@@ -236,4 +242,5 @@ class Profiler:
     def close(self) -> None:
         if self.running:
             jax.profiler.stop_trace()
+            self.workdir.publish_folder("profile")
             self.running = False

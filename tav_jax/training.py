@@ -5,7 +5,7 @@ Only the trained weights have gradients, Adam moments and a float32 copy. Frozen
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class Learner(NamedTuple):
     """What a step changes."""
 
     trained: nnx.State
-    moments: optax.OptState
+    moments: Any  # optax's state
 
     @classmethod
     def create(cls, trained: nnx.State) -> "Learner":

@@ -64,13 +64,14 @@ class Clip:
             raise InputError(f"{path} is a folder; give the name of a file to write")
         if not len(self.frames):
             raise InputError(f"the clip for {path} has 0 frames; give it 1 or more")
+        _check_sides(path, *self.frames.shape[1:3])
         # Written beside its final place, so that a full disk or a kill leaves no half file under that name.
         scratch = path.with_name(f".{path.stem[:50]}.{uuid.uuid4().hex[:8]}{path.suffix.lower()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(scratch, self)
             os.replace(scratch, path)
-        except (FFmpegError, OSError) as error:
+        except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             mend = "free some space there" if full else "choose a folder that may be written"
             raise InputError(f"{path} could not be written ({_reason(error)}); {mend}") from error
@@ -277,7 +278,7 @@ class _File:
     def _decoded(self, container, stream) -> Iterator[av.VideoFrame]:
         """Frames in the order of showing, as far as nothing is damaged; then says in `damage` what is."""
         stream.thread_type = "NONE"  # threads decode further than asked, and report damage late or never
-        due, reached = None, 0  # what comes later in the file is not shown before `due`
+        due, reached = None, Fraction(0)  # what comes later in the file is not shown before `due`
         try:
             for packet in container.demux():
                 if packet.pts is not None:
@@ -285,8 +286,8 @@ class _File:
                 if packet.stream.index != stream.index:
                     continue
                 due = due if packet.dts is None else packet.dts
-                if packet.is_corrupt:
-                    self.damage = "a frame is cut off"
+                self.damage = _cut_short(container, packet, reached)
+                if self.damage:
                     break
                 for frame in packet.decode():
                     if frame.is_corrupt:
@@ -298,9 +299,6 @@ class _File:
         if self.damage and due is not None:
             with suppress(FFmpegError):  # whole frames that the decoder kept back, to put them into order
                 yield from (frame for frame in stream.decode(None) if frame.pts is not None and frame.pts <= due)
-        lasting = Fraction(container.duration or 0, av.time_base)
-        if not self.damage and "matroska" in container.format.name and reached + 1 < lasting:  # no error tells of it
-            self.damage = f"it ends at {float(reached):.1f} of {float(lasting):.1f} s"
 
     def audio(self, begin: Fraction, end: Fraction) -> Audio | None:
         """The sound from `begin` to `end`, in seconds after the first frame; silence where there is none."""
@@ -371,6 +369,14 @@ def _even_rate(stream) -> Fraction:
     return Fraction(average or even or 25)
 
 
+def _cut_short(container, packet, reached: Fraction) -> str:
+    """Why the file has no more than this packet: Matroska and WebM end without an error."""
+    lasting = Fraction(container.duration or 0, av.time_base)
+    if packet.size == 0 and "matroska" in container.format.name and reached + 1 < lasting:
+        return f"it ends at {float(reached):.1f} of {float(lasting):.1f} s"
+    return "a frame is cut off" if packet.is_corrupt else ""
+
+
 def _upright(frame: av.VideoFrame) -> np.ndarray:
     """RGB, turned as the file says that it should be shown."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
@@ -390,14 +396,13 @@ def _write_mp4(path: Path, clip: Clip) -> None:
     # for sound.
     clock = rate.numerator * -(-100_000 // rate.numerator)
     options = {"movflags": "+faststart", "movie_timescale": str(clock)}
-    with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
+    with av.open(f"file:{path}", "w", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
         stream.width, stream.height = w + w % 2, h + h % 2  # H.264 with halved colours takes even sides only
         stream.pix_fmt = "yuv420p"
         # Said in the file, since players guess from the picture's size otherwise.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-        context.color_range = 1  # limited
         if clip.audio:
             known = clip.audio.rate in (av.Codec("aac", "w").audio_rates or ())
             sound = container.add_stream("aac", rate=clip.audio.rate if known else 48000, layout=clip.audio.layout)

@@ -15,27 +15,35 @@ from typing import Any
 from tav_jax.errors import InputError, MissingError
 
 
+def bucket(path: str) -> Any:
+    from etils import epath
+
+    return epath.Path(path)
+
+
 class Workdir:
     def __init__(self, path: str | Path):
-        from etils import epath
-
         self.remote = "://" in str(path)
-        self.path: Any = epath.Path(str(path)) if self.remote else Path(path).expanduser().absolute()
+        self.path: Any = bucket(str(path)) if self.remote else Path(path).expanduser().absolute()
         # Where files are made. On this machine it is the folder itself, so that a rename is all that publishing takes.
         self.local = Path(tempfile.mkdtemp(prefix="tav_jax_run_")) if self.remote else self.path
 
     def __str__(self) -> str:
         return str(self.path)
 
+    def usable(self) -> "Workdir":
+        """Checked before anything long; nothing is made yet."""
+        if self.remote:
+            return self
+        there = next(place for place in (self.path, *self.path.parents) if place.exists())
+        if not there.is_dir():
+            raise InputError(f"{there} is a file; give a folder")
+        if not os.access(there, os.W_OK):
+            raise InputError(f"{there} may not be written; give another folder or change its permissions")
+        return self
+
     def create(self) -> "Workdir":
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise InputError(f"{self} is a file; give a folder for the run") from error
-        except OSError as error:
-            raise InputError(f"{self} cannot be made ({error.strerror or error}); give a folder that can") from error
-        if not self.remote and not os.access(self.path, os.W_OK):
-            raise InputError(f"{self} may not be written; give another folder or change its permissions")
+        self.path.mkdir(parents=True, exist_ok=True)
         return self
 
     def existing(self) -> "Workdir":
@@ -72,12 +80,21 @@ class Workdir:
 
     def publish(self, file: Path, name: str) -> None:
         if not self.remote:
-            os.replace(file, self.path / name)
+            os.replace(file, self.path / name)  # scratch has made the folder
             return
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
         file.unlink()
+
+    def publish_folder(self, name: str) -> None:
+        """A folder that a library fills by itself."""
+        if self.remote:
+            for file in (self.local / name).rglob("*"):
+                if file.is_file():
+                    target = self.path / str(file.relative_to(self.local))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
 
     def fetch(self, name: str) -> Path | None:
         """A file of the run as one on this machine."""

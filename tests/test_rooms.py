@@ -24,8 +24,21 @@ ALLOWED = {
     "programs": {"jax", "models", "diffusion"},
     "pipeline": {
         *("jax", "flax", "errors", "video", "models", "diffusion", "training"),
-        *("layout", "weights", "prompts", "programs"),
+        *("layout", "weights", "prompts", "programs", "run", "tqdm"),
     },
+    "config": {"ml_collections", "errors"},
+    "workdir": {"etils", "errors"},
+    "memory": {"jax", "models"},
+    "metrics": {"tensorboardX", "wandb", "workdir", "errors"},
+    "checkpoint": {"jax", "flax", "orbax", "training", "weights", "errors"},
+    "run": {
+        *("jax", "flax", "errors", "config", "memory", "metrics", "prompts", "training", "checkpoint", "pipeline"),
+        *("video", "workdir"),
+    },
+    "edit": {"jax", "PIL", "errors", "memory", "prompts", "pipeline", "run", "video", "workdir"},
+    "doctor": {"jax", "av"},
+    "cli": {"absl", "ml_collections", "errors", "config", "doctor", "run", "edit", "weights", "__version__"},
+    "__main__": {"cli"},
     "__init__": {"errors", "pipeline", "prompts", "video"},
 }
 EVERYWHERE = {*sys.stdlib_module_names, "numpy", "jaxtyping"}

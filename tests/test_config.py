@@ -1,0 +1,115 @@
+"""Settings: the paper's by default, and all that is wrong with a config said at once, before anything is loaded."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from tav_jax import cli, config
+from tav_jax.errors import InputError, MissingError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def changed(**changes) -> ConfigDict:
+    """A config as somebody might hand it over, in whatever types."""
+    table = config.get_config().to_dict()
+    for name, value in changes.items():
+        *groups, last = name.split("__")
+        (table[groups[0]] if groups else table)[last] = value
+    return ConfigDict(table)
+
+
+def test_the_default_is_the_papers():
+    c = config.validate(config.get_config())
+    assert (c.clip.frames, c.clip.height, c.clip.width) == (24, 512, 512)
+    assert (c.train.steps, c.train.learning_rate, c.train.max_grad_norm, c.train.weight_decay) == (500, 3e-5, 1.0, 1e-2)
+    assert (c.edit.steps, c.edit.inversion_steps, c.edit.guidance) == (50, 50, 12.5)
+    assert c.train.trainable == ("attn1.to_q", "attn2.to_q", "attn_temp")
+    assert (c.mesh.data, c.mesh.frames) == (1, 1)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_good_and_its_docstring_holds_its_launch_line(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = config.validate(module.get_config())
+    assert f"tav train --config=configs/{file.name} --workdir=" in module.__doc__
+    assert cli.read_config([f"--config={file}"]) == settings
+    assert config.from_json(config.to_json(settings)) == settings
+
+
+def test_overrides_reach_the_config_in_its_types():
+    c = cli.read_config(
+        [
+            "--config.train.steps=300",
+            "--config.train.learning_rate=1",
+            "--config.clip.prompt=a man, skiing = fun",
+            "--config.edit.prompts=('a', 'b c')",
+            "--config.model.temporal_attention=False",
+        ]
+    )
+    assert c.train.steps == 300
+    assert c.train.learning_rate == 1.0
+    assert c.clip.prompt == "a man, skiing = fun"
+    assert c.edit.prompts == ("a", "b c")
+    assert c.model.temporal_attention is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config.train.stepz=3"], "train.stepz is not a setting, did you mean train.steps"),
+        (["--config.guidance=3"], "guidance is not a setting, did you mean edit.guidance"),
+        (["--config.train.steps=many"], "train.steps=many"),
+        (["--config.edit.steps=1000"], "edit.steps is 1000; it must be 1 to 999"),
+        (["--config.clip.height=502"], "clip.height 502 is not a multiple of 8 from 8 to 8192; use 496 or 504"),
+        (["--config.mesh.frames=8"], "mesh.frames is 8; it must be 1 to 1"),
+        (["--config.model.dtype=int4"], "model.dtype is 'int4'; it must be one of bfloat16, float16, float32"),
+        (["--verbose"], "'--verbose' is not an option of `tav train`"),
+        (["--config.train.trainable=('down',)"], "must name at least one kind of layer"),
+    ],
+)
+def test_what_a_command_line_may_not_say(arguments, said):
+    with pytest.raises(InputError) as caught:
+        cli.read_config(arguments)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_everything_wrong_is_said_at_once():
+    with pytest.raises(InputError) as caught:
+        config.validate(changed(train__steps=0, clip__width=7, train__stepz=1, clip__prompt=5))
+    for part in (
+        "train.steps is 0",
+        "clip.width 7",
+        "train.stepz is not a setting",
+        "clip.prompt is 5, expected a text",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_config_file_that_is_missing_or_broken(tmp_path):
+    with pytest.raises(MissingError, match=r"nowhere\.py does not exist"):
+        cli.read_config([f"--config={tmp_path}/nowhere.py"])
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(InputError, match="the config cannot be read"):
+        cli.read_config([f"--config={tmp_path}/broken.py"])
+
+
+def test_what_may_change_on_continuing():
+    before = config.get_config()
+    now = config.validate(
+        changed(
+            train__steps=900, edit__guidance=7.0, edit__prompts=("a",), train__preview_every=0, log__tensorboard=True
+        )
+    )
+    assert config.differences(before, now) == []
+    now = config.validate(changed(train__learning_rate=1e-4, clip__stride=2, seed=1))
+    assert set(config.differences(before, now)) == {
+        "clip.stride was 1 and is 2",
+        "seed was 33 and is 1",
+        "train.learning_rate was 3e-05 and is 0.0001",
+    }
