@@ -273,7 +273,7 @@ def rounds(arguments: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
 def child(python: str, what: str, arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     # This parent imports nothing large: a process starts with its parent's peak for its own.
     command = [python, __file__, f"--measure={what}", f"--size={arguments.size}", f"--model={model}"]
-    command += [f"--official={arguments.official}"] if arguments.official else []
+    command += [f"--{name}={value}" for name in ("official", "cores") if (value := getattr(arguments, name))]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -317,6 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="use this many, by default all")
     parser.add_argument("--jobs", help="only these, with commas between them")
     parser.add_argument("--official", type=Path, help="checkout of the official code; without it only ours is measured")
     parser.add_argument("--official-python", default=sys.executable, help="interpreter that can run it")
@@ -328,6 +329,8 @@ def main() -> None:
         return write_sd14(arguments.model)
     if arguments.measure:
         side, job = arguments.measure.split(":")
+        # Both sides take as many threads as they may run on; on a busy machine torch's wait for each other, ours do not.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
         result = measure(side, job, arguments.model, SIZES[arguments.size], arguments.official)
         return print(json.dumps(result))
     model = SMALL
