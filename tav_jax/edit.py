@@ -17,6 +17,8 @@ from tav_jax.run import Run, load_clip, say
 from tav_jax.video import Clip
 from tav_jax.workdir import Workdir
 
+GAP = 8  # white pixels between the columns of a side-by-side video
+
 
 def edit(
     run: Run,
@@ -140,16 +142,13 @@ def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:
     height, width = source.frames.shape[1:3]
     captions = [caption(text, width) for text, _ in columns]
     tallest = max(c.shape[0] for c in captions)
-    frames = []
-    for i in range(len(source.frames)):
-        tiles = []
-        for text, (_, video) in zip(captions, columns, strict=True):
-            tile = np.full((height + tallest, width, 3), 255, np.uint8)
-            tile[: text.shape[0]] = text
-            tile[tallest:] = video[i]
-            tiles.append(tile)
-        frames.append(np.concatenate(tiles, axis=1))
-    return Clip(np.stack(frames), source.fps, source.audio)
+    step = width + GAP
+    canvas = np.full((len(source.frames), tallest + height, step * len(columns) - GAP, 3), 255, np.uint8)
+    for i, (words, (_, video)) in enumerate(zip(captions, columns, strict=True)):
+        across = slice(i * step, i * step + width)
+        canvas[:, : words.shape[0], across] = words
+        canvas[:, tallest:, across] = video
+    return Clip(canvas, source.fps, source.audio)
 
 
 def caption(text: str, width: int, lines: int = 4) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from tav_jax.kernels import frames_at_once
 from tav_jax.models import UNetConfig
 
 
@@ -22,8 +23,9 @@ def _attention(config: UNetConfig, frames: int, height: int, width: int, batch: 
     for level, (heads, has) in enumerate(zip(config.heads, config.down_attention, strict=True)):
         tokens = -(-height // 2**level) * -(-width // 2**level)
         keys = 2 * tokens if config.spatial_attention == "sparse-causal" else tokens
-        largest = max(largest, has * heads * tokens * keys)
-    return 2 * 4 * batch * frames * largest
+        together = min(batch * frames, frames_at_once(tokens, keys, heads))
+        largest = max(largest, has * together * heads * tokens * keys)
+    return 2 * 4 * largest
 
 
 def need(config: UNetConfig, frames: int, height: int, width: int, *, frozen: int, trained: int, itemsize: int) -> Need:
@@ -41,7 +43,7 @@ def need(config: UNetConfig, frames: int, height: int, width: int, *, frozen: in
     return Need(
         weights=weights,
         tuning=weights + 12 * trained + itemsize * (kept + working) + 2 * scores,
-        sampling=itemsize * 2 * (kept // 2 + working // 2) + 2 * scores,
+        sampling=itemsize * 2 * (kept // 2 + working // 2) + _attention(config, frames, height, width, 2),
     )
 
 

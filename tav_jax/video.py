@@ -298,7 +298,10 @@ class _File:
             self.damage = _reason(error)
         if self.damage and due is not None:
             with suppress(FFmpegError):  # whole frames that the decoder kept back, to put them into order
-                yield from (frame for frame in stream.decode(None) if frame.pts is not None and frame.pts <= due)
+                for frame in stream.decode(None):
+                    if frame.is_corrupt or frame.pts is None or frame.pts > due:
+                        return
+                    yield frame
 
     def audio(self, begin: Fraction, end: Fraction) -> Audio | None:
         """The sound from `begin` to `end`, in seconds after the first frame; silence where there is none."""

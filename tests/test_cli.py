@@ -111,7 +111,7 @@ def test_train_kill_continue_edit_export_reload(sd1, place, clip_file, environme
     check_video(workdir / "edits/blue-square.mp4", frames=5, size=(32, 48), fps=5.0)
     wide = load_video(workdir / "edits/side-by-side-blue-square-red-circle.mp4")
     assert wide.frames.shape[0] == 5
-    assert wide.frames.shape[2] == 3 * 48
+    assert wide.frames.shape[2] == 3 * 48 + 2 * 8
 
     # Out in the Diffusers layout and in again: the same network.
     export = tav(environment, "export", f"--workdir={workdir}", f"--out={place / 'export'}")

@@ -1,5 +1,6 @@
 """The networks, part by part: against torch, Diffusers and transformers with random weights, and plain loops."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -40,6 +41,22 @@ def test_attend_is_the_formula():
     for b in range(2):
         for f in range(3):
             np.testing.assert_allclose(ours[b, f], plain_attention(q[b, f], k[b, f], v[b, f]), atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_attention_in_groups_is_the_same_both_ways(monkeypatch, room):
+    q, k, v = (jnp.asarray(normal(2, 4, size, 2, 8, seed=size)) for size in (5, 7, 7))
+
+    def value_and_gradients(q, k, v):
+        return jax.value_and_grad(lambda *qkv: (attend(*qkv) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    together = value_and_gradients(q, k, v)
+    module = importlib.import_module("tav_jax.kernels.attend")
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", room * 4 * 5 * 7 * 2)
+    assert module.frames_at_once(5, 7, 2) == room
+    in_groups = value_and_gradients(q, k, v)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(in_groups), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])

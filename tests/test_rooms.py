@@ -28,7 +28,7 @@ ALLOWED = {
     },
     "config": {"ml_collections", "errors"},
     "workdir": {"etils", "errors"},
-    "memory": {"jax", "models"},
+    "memory": {"jax", "kernels", "models"},
     "metrics": {"tensorboardX", "wandb", "workdir", "errors"},
     "checkpoint": {"jax", "flax", "orbax", "training", "weights", "errors"},
     "run": {

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import REFERENCE
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import Clip, TuneAVideo, checkpoint, edit, metrics, programs, run, weights, workdir
@@ -29,13 +30,13 @@ def clip_file(tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def settings(sd1, clip_file):
-    """A small run of six steps."""
+@pytest.fixture(scope="module")
+def settings(clip_file):
+    """A small run of six steps, but for the changes."""
 
     def make(**changes):
         c = configs.get_config()
-        c.model.update(path=str(sd1.model), dtype="float32")
+        c.model.update(path=str(REFERENCE / "sd1/model"), dtype="float32")
         c.clip.update(path=str(clip_file), prompt="red square is moving", frames=3, height=32, width=32)
         c.train.update(steps=6, learning_rate=1e-3, checkpoint_every=2, preview_every=0)
         c.edit.update(steps=2, inversion_steps=2, guidance=3.0, prompts=("blue square",))
@@ -61,14 +62,16 @@ def train(folder, config) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole") / "run"
+def whole(tmp_path_factory, settings):
+    """The folder of an uninterrupted run. Tests that change it make a copy."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    said = train(folder, settings())
+    assert "Tuning for 6 steps: 0.03 M of 0.39 M parameters, 3 frames of 32×32, float32" in said
+    assert str(folder) in said
+    return folder
 
 
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path):
-    said = train(whole, settings())
-    assert "Tuning for 6 steps: 0.03 M of 0.39 M parameters, 3 frames of 32×32, float32" in said
-    assert str(whole) in said
     train(tmp_path / "run", settings(train__steps=3))
     (tmp_path / "run/metrics.jsonl").open("a").write('{"step": 4, "loss": 9}\n{"step": 5, "lo')  # left by a kill
     said = train(tmp_path / "run", settings())
@@ -243,10 +246,10 @@ def test_side_by_side_shows_the_source_and_every_edit_in_step():
     edits = [edit.Edit(frames=255 - frames, fps=5.0, prompt="word " * 500, latents=jax.numpy.zeros((1, 3, 2, 2, 4)))]
     both = edit.side_by_side(source, edits, "")
     assert both.frames.shape[0] == 3
-    assert both.frames.shape[2] == 48
+    assert both.frames.shape[2] == 2 * 24 + edit.GAP
     assert both.frames.shape[1] < 16 + 100  # a long prompt is cut after a few lines
     np.testing.assert_array_equal(both.frames[:, -16:, :24], frames)
-    np.testing.assert_array_equal(both.frames[:, -16:, 24:], 255 - frames)
+    np.testing.assert_array_equal(both.frames[:, -16:, -24:], 255 - frames)
     assert (both.frames[0, :-16] < 128).any()  # there are words
 
 

@@ -8,6 +8,15 @@ import math
 import jax
 from jaxtyping import Array, Float
 
+# The scores of many frames at once would be the peak of the whole network (2 GB a frame at 512²), so they are made a
+# few frames at a time, and made again for the backward pass.
+SCORES_AT_ONCE = 2**30  # bytes
+
+
+def frames_at_once(queries: int, keys: int, heads: int) -> int:
+    """How many attentions of this size have their scores in memory together."""
+    return max(1, SCORES_AT_ONCE // (4 * queries * keys * heads))
+
 
 def attend(
     q: Float[Array, "*batch T N D"], k: Float[Array, "*batch S N D"], v: Float[Array, "*batch S N D"]
@@ -20,5 +29,10 @@ def attend(
     batch = q.shape[:-3]
     flat = math.prod(batch)
     q, k, v = (x.reshape(flat, *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
-    out = jax.nn.dot_product_attention(q, k, v)  # [n, T, N, D]
+    group = frames_at_once(q.shape[1], k.shape[1], q.shape[2])
+    if group >= flat:
+        out = jax.nn.dot_product_attention(q, k, v)  # [n, T, N, D]
+    else:
+        one = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv))
+        out = jax.lax.map(one, (q, k, v), batch_size=group)
     return out.reshape(*batch, *out.shape[-3:])
