@@ -24,6 +24,10 @@ CONFIGS = {
     "scheduler": "scheduler_config.json",
 }
 NEEDED = ("model_index.json", *(f"{part}/*" for part in CONFIGS))
+# A hub's repository often holds the same weights several times over. The first of these that has all is fetched.
+SMALL = ("model_index.json", "*/*.json", "*/*.txt")
+UNUSED = ("safety_checker/*", "feature_extractor/*", "*non_ema*", "*ema_only*")
+VARIANTS = (("*/*.safetensors", "*.fp16*"), ("*/*.fp16*.safetensors", "-"), ("*/*.bin", "*.fp16*"))
 HOW_TO_GET = (
     "Give a directory in the Diffusers layout, for example one made by "
     "`hf download CompVis/stable-diffusion-v1-4 --local-dir sd14`, a hub id, or a bucket path."
@@ -95,8 +99,14 @@ def _from_bucket(root: epath.Path) -> Path:
 def _from_hub(name: str) -> Path:
     import huggingface_hub  # heavy, and needed only here
 
+    root = Path()
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(NEEDED)))
+        for wanted, unwanted in VARIANTS:
+            allow, ignore = [*SMALL, wanted], [*UNUSED, unwanted]
+            root = Path(huggingface_hub.snapshot_download(name, allow_patterns=allow, ignore_patterns=ignore))
+            if all(any((root / part).glob(wanted.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
+                break
+        return root
     except Exception as error:  # one sentence, whatever the hub client raises: no network, no such id, no permission
         raise MissingError(
             f"{name!r} is no directory here, and as a hub id it could not be fetched ({type(error).__name__}). "

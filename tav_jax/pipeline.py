@@ -11,7 +11,7 @@ import builtins
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from tav_jax.video import Clip
 
 Given = Array | np.ndarray  # what a caller may hand over
 Frames = Clip | UInt8[np.ndarray, "F H W 3"]
+Progress = Callable[[int], None] | bool | None
 Advance = Callable[[training.Learner, int], tuple[training.Learner, training.Report]]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
@@ -47,6 +48,16 @@ def progress_bar(total: int, what: str, show: bool | None = None):
     if show is None:
         show = jax.process_index() == 0 and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
     return tqdm(total=total, desc=what, disable=not show)
+
+
+@contextlib.contextmanager
+def shown(progress: Progress, steps: int, what: str) -> Iterator[Callable[[int], None] | None]:
+    """A walk's `progress` as its caller gave it: a function, True for a bar, or nothing."""
+    if progress is True:
+        with progress_bar(steps, what, True) as bar:
+            yield counter(bar)
+    else:
+        yield progress or None
 
 
 def counter(bar: Any) -> Callable[[int], None] | None:
@@ -310,19 +321,22 @@ class TuneAVideo:
         steps: int = 50,
         prompt: str = "",
         return_trajectory: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
     ) -> Float[Array, "..."]:
         """DDIM inversion: the noise from which sampling finds back to the clip.
 
         Takes a clip, its frames, or its latents. With `return_trajectory` the latents at all levels, `[steps + 1, 1, F,
-        h, w, 4]`, the clip's own first. `progress` is called with the number of steps done.
+        h, w, 4]`, the clip's own first. `progress` is True for a bar, or a function that is called with the number of
+        steps done; with and without are two programs, each compiled once.
         """
         ladder = self.schedule.inversion(steps)
         if isinstance(clip, Clip):
             self.source = clip
         given_frames = isinstance(clip, Clip) or np.asarray(clip).dtype == np.uint8
         latents = self.encode_video(clip) if given_frames else self._checked_latents(clip)  # pyright: ignore
-        last, trajectory = self._walk(latents, self.encode_text(prompt), ladder, None, return_trajectory, progress)
+        text = self.encode_text(prompt)
+        with shown(progress, steps, "inverting") as report:
+            last, trajectory = self._walk(latents, text, ladder, None, return_trajectory, report)
         return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
 
     def sample(
@@ -338,12 +352,13 @@ class TuneAVideo:
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         return_trajectory: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
     ) -> Any:
         """Edited clips: one `Edit` for a prompt, a list of them for a list of prompts (sampled as one batch).
 
         Starts from `latents`, usually the inverted clip, or else from noise drawn from `seed` for `frames` frames of
         `size` (height, width). With `guidance` at 1 or below only the conditional half is computed.
+        `progress` as for `invert`.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
@@ -353,9 +368,9 @@ class TuneAVideo:
         latents = jnp.repeat(latents, len(texts), axis=0)  # [P, F, h, w, 4]
         use_guidance = guidance > 1
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
-        last, trajectory = self._walk(
-            latents, text, ladder, guidance if use_guidance else None, return_trajectory, progress
-        )
+        with shown(progress, steps, "sampling") as report:
+            strength = guidance if use_guidance else None
+            last, trajectory = self._walk(latents, text, ladder, strength, return_trajectory, report)
         edits = []
         for i, text_of in enumerate(texts):
             pixels = np.asarray(self.decode_video(last[i : i + 1]))[0]  # [F, H, W, 3]

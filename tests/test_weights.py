@@ -276,18 +276,20 @@ def test_a_hub_id_goes_to_the_hub(model, sd1, monkeypatch):
 
     asked = []
 
-    def download(name, *, allow_patterns):
-        asked.append((name, allow_patterns))
+    def download(name, *, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns, ignore_patterns))
         if name == "nobody/nothing":
             raise OSError("no such repository")
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert same(state(load("CompVis/tiny")), state(sd1.tav))
-    name, patterns = asked[0]
+    assert len(asked) == 1  # the safetensors were there, so nothing else was fetched
+    name, wanted, unwanted = asked[0]
     assert name == "CompVis/tiny"
-    assert "unet/*" in patterns
-    assert not any("safety" in p for p in patterns)
+    assert "*/*.safetensors" in wanted
+    assert {"safety_checker/*", "*.fp16*"} <= set(unwanted)
+    assert not any(pattern.endswith(".bin") for pattern in wanted)
     with pytest.raises(MissingError, match=r"'nobody/nothing' is no directory here.*hub id"):
         load("nobody/nothing")
 
