@@ -71,7 +71,7 @@ class Checkpoints:
 
     def _not_written(self, step: int | None, error: Exception) -> InputError:
         return InputError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({_first_line(error)}); earlier "
+            f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); earlier "
             "ones are whole. Make room, and run the same command again."
         )
 
@@ -105,5 +105,8 @@ class Checkpoints:
         self.manager.close()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _reason(error: Exception) -> str:
+    said = str(error)
+    if "No space left on device" in said:
+        return "no space left on device"
+    return (said.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -105,11 +105,23 @@ def read_config(arguments: Sequence[str]) -> Any:
         sys.argv = before
 
 
+def hush() -> None:
+    """A failed write is told by Orbax's threads one by one, with tracebacks; the sentence that follows says it all."""
+    import logging
+
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+
+
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.command == "doctor":
         from tav_jax import doctor
 
         return doctor.report()
+    hush()
     if arguments.command == "train":
         settings = read_config(rest)
         from tav_jax.run import Run

@@ -50,7 +50,8 @@ class Run:
     """One training run: its folder, its config, its checkpoints."""
 
     def __init__(self, workdir: Workdir, config: Any):
-        self.workdir, self.config = workdir, config
+        self.workdir = workdir
+        self.config: Any = config
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:

@@ -1,19 +1,15 @@
-"""Clips in and out: decode, choose frames, crop or stretch, carry the sound, write MP4 and GIF.
+"""Clips in and out: choose frames, crop or stretch, carry the sound, write MP4 and GIF. `sources.py` decodes.
 
 Frames are uint8 `[F, H, W, 3]`, upright, in the order in which they are shown. A source is an even grid of slots, one
 picture each; `start` and `stride` count slots.
 """
 
 import errno
-import math
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -21,29 +17,17 @@ from typing import Literal
 import av
 import imageio.v3 as iio
 import numpy as np
-from av.error import FFmpegError
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
 
 from tav_jax.errors import InputError, MissingError
+from tav_jax.sources import LARGEST, Audio, File, Folder, check_sides, reason
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-NOT_VIDEO = ("tty", "concat", "hls", "dash")  # FFmpeg also draws text files, and follows lists of other files
-FOLDER_FPS = 8.0  # a folder of frames does not say how fast it plays
 SIDE = 4  # no Stable Diffusion's VAE divides a side by less; the model checks its own factor
-LARGEST = 16384  # pixels on a side; H.264 goes no further
 MEMORY = 4 << 30  # bytes of chosen frames
 Fit = Literal["crop", "stretch"]
-Shown = Iterator[
-    tuple[int, Callable[[], np.ndarray]]
-]  # the slot at which the next picture takes over, how to read this
 
-
-@dataclass(frozen=True)
-class Audio:
-    samples: Float[np.ndarray, "channels n"]  # from -1 to 1
-    rate: int
-    layout: str  # "mono" or "stereo"
+__all__ = ["Audio", "Clip", "load_video"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +48,7 @@ class Clip:
             raise InputError(f"{path} is a folder; give the name of a file to write")
         if not len(self.frames):
             raise InputError(f"the clip for {path} has 0 frames; give it 1 or more")
-        _check_sides(path, *self.frames.shape[1:3])
+        check_sides(path, *self.frames.shape[1:3])
         # Written beside its final place, so that a full disk or a kill leaves no half file under that name.
         scratch = path.with_name(f".{path.stem[:50]}.{uuid.uuid4().hex[:8]}{path.suffix.lower()}")
         try:
@@ -74,7 +58,7 @@ class Clip:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             mend = "free some space there" if full else "choose a folder that may be written"
-            raise InputError(f"{path} could not be written ({_reason(error)}); {mend}") from error
+            raise InputError(f"{path} could not be written ({reason(error)}); {mend}") from error
         finally:
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
@@ -96,6 +80,7 @@ def load_video(
     `frames=None` takes all that fit. `size` is (height, width); by default the source's own, cropped to multiples of 8.
     `fit="crop"` keeps the proportions and cuts evenly from two sides; `"stretch"` distorts, as the official code does.
     `fps` overrides the source's rate, for a folder of pictures above all; a video at another speed loses its sound.
+    Of a damaged file, what lies before the damage can be had by its number of `frames`.
     """
     path = Path(path).expanduser()
     _check_request(frames, size, start, stride, fit, fps)
@@ -103,7 +88,7 @@ def load_video(
         raise MissingError(f"{path} does not exist; give a video file or a folder of pictures")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions or give another one")
-    source = _Folder(path, fps) if path.is_dir() else _File(path, fps)
+    source = Folder(path, fps) if path.is_dir() else File(path, fps)
     chosen, have, wanted, first = [], 0, start, None
     with closing(source.shown()) as shown:
         for end, read in shown:
@@ -134,9 +119,8 @@ def load_video(
 
 
 def _check_request(frames, size, start, stride, fit, fps) -> None:
-    for name, value, least in (("frames", frames, 1), ("start", start, 0), ("stride", stride, 1)):
-        if value is None and name == "frames":
-            continue
+    counts = (("frames", 1 if frames is None else frames, 1), ("start", start, 0), ("stride", stride, 1))
+    for name, value, least in counts:
         if not _whole(value) or value < least:
             raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
     if size is not None and (not isinstance(size, tuple | list) or len(size) != 2):
@@ -163,11 +147,6 @@ def _check_memory(path: Path, needed: int) -> None:
             f"what is asked of {path} fills {needed / 2**30:.1f} GiB, more than {MEMORY / 2**30:.1f}; "
             "ask for fewer frames or a smaller size"
         )
-
-
-def _check_sides(path: Path, height: int, width: int) -> None:
-    if max(height, width) > LARGEST:
-        raise InputError(f"{path} is {height}×{width} pixels, more than {LARGEST} on a side; give a smaller one")
 
 
 def _too_short(path: Path, have: int, damage: str, frames: int, start: int, stride: int) -> str:
@@ -207,188 +186,6 @@ def _fit(frame: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> UInt8[np.
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-# --------------------------------------------------------------------------------------------------------- sources
-
-
-class _Folder:
-    """Pictures, in the order of the numbers in their names."""
-
-    damage = ""
-
-    def __init__(self, path: Path, fps: float | None):
-        self.fps = Fraction(fps or FOLDER_FPS).limit_denominator(100_000)
-        files = (file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
-        self.files = sorted(files, key=_natural)
-        if not self.files:
-            raise InputError(f"{path} has no pictures in it; expected files such as 0001.png ({', '.join(PICTURES)})")
-
-    def shown(self) -> Shown:
-        for index, file in enumerate(self.files):
-            yield index + 1, partial(_read_picture, file)
-
-    def audio(self, begin: Fraction, end: Fraction) -> None:
-        return None
-
-
-def _natural(file: Path) -> tuple:
-    """`2.png` before `10.png`: text and numbers alternate."""
-    parts = re.split(r"(\d+)", file.name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
-
-
-def _read_picture(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as picture:
-            _check_sides(file, picture.height, picture.width)
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} is not a readable picture ({_reason(error)}); replace or remove it") from error
-
-
-class _File:
-    """A video file. Its frames are put on an even grid, so that a variable rate keeps its timing."""
-
-    def __init__(self, path: Path, fps: float | None):
-        self.path, self.damage = path, ""
-        self.begin = Fraction(0)  # when the first frame is shown, on the clock that the sound shares
-        with _opened(path) as (_, stream):
-            self.native = _even_rate(stream)
-        self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native
-
-    def shown(self) -> Shown:
-        held = None
-        with _opened(self.path) as (container, stream):
-            for count, frame in enumerate(self._decoded(container, stream)):
-                time = count / self.native if frame.pts is None else frame.pts * stream.time_base
-                if held is None:
-                    self.begin = time
-                else:
-                    yield self._slot(time), partial(_upright, held)
-                held, last = frame, self._slot(time)
-            if held is not None:
-                lasting = 0 if self.damage else stream.duration or 0
-                end = ((stream.start_time or 0) + lasting) * stream.time_base
-                yield max(last + 1, self._slot(end)), partial(_upright, held)
-
-    def _slot(self, time: Fraction) -> int:
-        return math.floor((time - self.begin) * self.native + Fraction(1, 2))
-
-    def _decoded(self, container, stream) -> Iterator[av.VideoFrame]:
-        """Frames in the order of showing, as far as nothing is damaged; then says in `damage` what is."""
-        stream.thread_type = "NONE"  # threads decode further than asked, and report damage late or never
-        due, reached = None, Fraction(0)  # what comes later in the file is not shown before `due`
-        try:
-            for packet in container.demux():
-                if packet.pts is not None:
-                    reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
-                if packet.stream.index != stream.index:
-                    continue
-                due = due if packet.dts is None else packet.dts
-                self.damage = _cut_short(container, packet, reached)
-                if self.damage:
-                    break
-                for frame in packet.decode():
-                    if frame.is_corrupt:
-                        self.damage = "a frame cannot be decoded"
-                        return
-                    yield frame
-        except FFmpegError as error:
-            self.damage = _reason(error)
-        if self.damage and due is not None:
-            with suppress(FFmpegError):  # whole frames that the decoder kept back, to put them into order
-                for frame in stream.decode(None):
-                    if frame.is_corrupt or frame.pts is None or frame.pts > due:
-                        return
-                    yield frame
-
-    def audio(self, begin: Fraction, end: Fraction) -> Audio | None:
-        """The sound from `begin` to `end`, in seconds after the first frame; silence where there is none."""
-        if self.fps != self.native:
-            return None
-        begin, end = begin + self.begin, end + self.begin
-        sound, rate = None, 0
-        with suppress(FFmpegError, ValueError):  # sound that breaks off is carried as far as it goes
-            for at, samples, rate in self._heard(end):
-                if sound is None:
-                    sound = np.zeros((len(samples), round((end - begin) * rate)), np.float32)
-                place = round((at - begin) * rate)
-                low, high = max(0, place), min(sound.shape[1], place + samples.shape[1])
-                if low < high:
-                    sound[:, low:high] = samples[:, low - place : high - place]
-        return None if sound is None else Audio(sound, rate, "mono" if len(sound) == 1 else "stereo")
-
-    def _heard(self, end: Fraction) -> Iterator[tuple[Fraction, np.ndarray, int]]:
-        """(time, samples, rate) until `end`. More than two channels are mixed down: every player has two."""
-        with _opened(self.path) as (container, picture):
-            stream = container.streams.best("audio")
-            if stream is None or stream.codec_context is None:
-                return
-            layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-            resampler = av.AudioResampler(format="fltp", layout=layout)
-            at = Fraction(0)
-            for packet in container.demux(stream, picture):
-                # The pictures are walked along: a sound that has ended would be looked for in the whole file.
-                if packet.dts is not None and packet.dts * packet.time_base > end + 10:
-                    return
-                for frame in packet.decode() if packet.stream.index == stream.index else ():
-                    at = at if frame.pts is None else frame.pts * stream.time_base
-                    if at >= end:
-                        return
-                    for piece in resampler.resample(frame):
-                        yield at, piece.to_ndarray(), piece.sample_rate
-                        at += Fraction(piece.samples, piece.sample_rate)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple]:
-    """The container and the stream of its pictures."""
-    try:
-        # By protocol, so that a name with a colon or a % is a file's name; what it refers to elsewhere is not fetched.
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except (FFmpegError, OSError) as error:
-        why = "is not a video, or is cut off" if path.stat().st_size else "is empty"
-        raise InputError(f"{path} {why} ({_reason(error)}); give a whole video file") from error
-    with container:
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # an album's cover is no video
-            kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
-            raise InputError(f"{path} has no picture in it, only {kinds or 'nothing'}; give a video")
-        if stream.codec_context is None or container.format.name in NOT_VIDEO:
-            raise InputError(f"{path} is not a video that FFmpeg decodes; give an MP4, MOV, WebM, MKV or GIF file")
-        _check_sides(path, stream.height, stream.width)
-        yield container, stream
-
-
-def _even_rate(stream) -> Fraction:
-    """The average, unless FFmpeg finds an even rate that most frames keep, as in a GIF with a pause.
-
-    What it finds is not the frames' own where it is about double the average or more: it counts fields, or clock ticks.
-    """
-    average, even = stream.average_rate, stream.guessed_rate
-    if average and even and abs(even / average - 1) > 0.02 and 0.9 < even / average < 1.9:
-        return Fraction(even)
-    return Fraction(average or even or 25)
-
-
-def _cut_short(container, packet, reached: Fraction) -> str:
-    """Why the file has no more than this packet: Matroska and WebM end without an error."""
-    lasting = Fraction(container.duration or 0, av.time_base)
-    if packet.size == 0 and "matroska" in container.format.name and reached + 1 < lasting:
-        return f"it ends at {float(reached):.1f} of {float(lasting):.1f} s"
-    return "a frame is cut off" if packet.is_corrupt else ""
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB, turned as the file says that it should be shown."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).strip().lower()
-
-
 # --------------------------------------------------------------------------------------------------------- writing
 
 
@@ -406,6 +203,7 @@ def _write_mp4(path: Path, clip: Clip) -> None:
         # Said in the file, since players guess from the picture's size otherwise.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        sound = None
         if clip.audio:
             known = clip.audio.rate in (av.Codec("aac", "w").audio_rates or ())
             sound = container.add_stream("aac", rate=clip.audio.rate if known else 48000, layout=clip.audio.layout)
@@ -414,10 +212,10 @@ def _write_mp4(path: Path, clip: Clip) -> None:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
             container.mux(stream.encode(frame))
-            if clip.audio and (piece := _piece(clip.audio, index / rate, (index + 1) / rate)):
+            if sound and clip.audio and (piece := _piece(clip.audio, index / rate, (index + 1) / rate)):
                 container.mux(sound.encode(piece))
         container.mux(stream.encode())
-        if clip.audio:
+        if sound:
             container.mux(sound.encode())
 
 

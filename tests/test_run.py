@@ -177,7 +177,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(whole, settin
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
-    with pytest.raises(InputError, match=r"step 8 could not be written .*No space left.*earlier ones are whole"):
+    with pytest.raises(InputError, match=r"step 8 could not be written .*no space left.*earlier ones are whole"):
         train(tmp_path / "run", settings(train__steps=9))
     monkeypatch.undo()
     assert Run.open(tmp_path / "run").checkpoints.newest == 6
