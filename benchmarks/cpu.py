@@ -3,13 +3,15 @@
 python benchmarks/cpu.py --size=small --rounds=5
 python benchmarks/cpu.py --size=sd14 --rounds=1 --official=Tune-A-Video --official-python=old/bin/python
 
-`small` is the tiny pipeline of the tests, 8 frames of 64×64; `sd14` is Stable Diffusion 1.4 at its full size with random
-weights, written once into --cache (4.1 GiB), 2 frames of 128×128. `--official` is a checkout of the official code,
-`--official-python` an interpreter that can run it (diffusers 0.11, accelerate, einops, imageio; torchvision is not needed).
+`small` is the tiny pipeline of the tests, 8 frames of 64×64; `sd14` is Stable Diffusion 1.4 at its full size with
+random weights, written once into --cache (4.5 GB), 2 frames of 128×128. `--official` is a checkout of the official
+code, `--official-python` an interpreter that can run it (diffusers 0.11, accelerate, einops, imageio).
 
 Every measurement is a fresh process, so that its peak memory is its own; the two sides take turns, round by round. Each
-process prints one line of JSON to the standard error's log; the table goes to the standard output. Both sides say what
-they computed (how many parameters, how many trained tensors, the spread of the last latents), and must agree on it.
+prints one line of JSON, which goes to the standard error; the tables go to the standard output. Both sides also say
+what they computed (how many parameters, how many trained tensors, the spread of the last latents), and must agree.
+
+On a busy machine take `--cores=1` and read the table of CPU seconds: they count only while the process runs.
 """
 
 import argparse
@@ -41,18 +43,11 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(8, 64, walk=10, repeat=5, jobs=("import", "load", "tune", "invert", "sample")),
-    "sd14": Size(2, 128, walk=2, repeat=2, jobs=("import", "load", "tune", "tune-remat", "invert", "sample")),
+    "small": Size(8, 64, walk=10, repeat=5, jobs=("load", "tune", "invert", "sample")),
+    "sd14": Size(2, 128, walk=1, repeat=2, jobs=("load", "tune", "tune-remat", "invert", "sample")),
 }
-NAMES = {
-    "import": "import",
-    "load": "load",
-    "tune": "tune",
-    "tune-remat": "tune, our remat on",
-    "invert": "inversion",
-    "sample": "guided sampling",
-}
-INSTEAD = {"tune-remat": "tune"}  # what of the official side a job is compared with that only we have
+NAMES = {"tune-remat": "tune (ours with remat)", "invert": "inversion", "sample": "guided sampling"}
+COMPARED = {"tune-remat": "tune"}  # with which of the official jobs, where there is no such job
 
 Job = Callable[[], Any]  # one call of what is measured; gives the number on which both sides must agree
 
@@ -61,29 +56,25 @@ Job = Callable[[], Any]  # one call of what is measured; gives the number on whi
 
 
 def ours(job: str, model: Path, size: Size) -> Job:
-    if job == "import":
-        return lambda: __import__("transformers").CLIPTokenizer and __import__("tav_jax").TuneAVideo and 0
     import jax
     import jax.numpy as jnp
-    from transformers import CLIPTokenizer  # noqa: F401  ours imports it late; here it is no part of loading
+    from transformers import CLIPTokenizer  # noqa: F401  imported late by ours: here it is no part of loading
 
     from tav_jax import TuneAVideo, programs
 
+    def load() -> int:
+        tav = TuneAVideo.from_pretrained(model, dtype="float32")
+        assert tav.tokenizer
+        return sum(x.size for x in jax.tree.leaves((tav.parts.unet, tav.parts.vae, tav.parts.text_encoder)))
+
     if job == "load":
-
-        def load() -> int:
-            tav = TuneAVideo.from_pretrained(model, dtype="float32")
-            networks = (tav.parts.unet, tav.parts.vae, tav.parts.text_encoder)
-            assert tav.tokenizer
-            return sum(x.size for x in jax.tree.leaves(networks))
-
         return load
-
     tav = TuneAVideo.from_pretrained(model, dtype="float32")
     latents = jnp.asarray(start(size, tav.parts.vae.config.downsampling))
+
     if job.startswith("tune"):
-        posterior = latents, jnp.zeros_like(latents)
-        learner, advance = tav.tuning(posterior, tav.encode_text(PROMPT), remat=job == "tune-remat")
+        posterior, remat = (latents, jnp.zeros_like(latents)), job == "tune-remat"
+        learner, advance = tav.tuning(posterior, tav.encode_text(PROMPT), remat=remat)
         count = itertools.count()
 
         def step() -> int:
@@ -93,101 +84,87 @@ def ours(job: str, model: Path, size: Size) -> Job:
 
         return step
 
-    sampling = job == "sample"
-    text = tav.encode_text(["", PROMPT] if sampling else "")
-    ladder = tav.schedule.sampling(size.walk) if sampling else tav.schedule.inversion(size.walk)
+    guided = job == "sample"
+    text = tav.encode_text(["", PROMPT] if guided else "")
+    ladder = tav.schedule.sampling(size.walk) if guided else tav.schedule.inversion(size.walk)
+    options = {"prediction": tav.schedule.prediction, "use_guidance": guided, "trajectory": False, "report": None}
 
     def walk() -> float:
-        last, _ = programs.walk_latents(
-            tav.parts.unet,
-            latents,
-            text,
-            ladder,
-            jnp.float32(GUIDANCE),
-            prediction=tav.schedule.prediction,
-            use_guidance=sampling,
-            trajectory=False,
-            report=None,
-        )
+        last, _ = programs.walk_latents(tav.parts.unet, latents, text, ladder, jnp.float32(GUIDANCE), **options)
         return float(last.std())
 
     return walk
 
 
 def official(job: str, model: Path, size: Size, checkout: Path) -> Job:
-    """The official training script's own lines, and its own inversion and pipeline."""
+    """The official training script's lines, and its own inversion and pipeline."""
     sys.path.insert(0, str(checkout))
-    if job == "import":
-        return lambda: load_official() and 0
-    api = load_official()
-    if job == "load":
-        return lambda: sum(p.numel() for part in parts_of(api, model) for p in part.parameters())
-
     import torch
+    from diffusers import DDIMScheduler
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  as above
+    from tuneavideo.pipelines.pipeline_tuneavideo import TuneAVideoPipeline
 
-    text_encoder, vae, unet = parts_of(api, model)
-    pipe = api.TuneAVideoPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=api.CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
-        unet=unet,
-        scheduler=api.DDIMScheduler.from_pretrained(model, subfolder="scheduler"),
+    sys.modules.setdefault("torchvision", types.ModuleType("torchvision"))  # imported for GIF grids, which none makes
+    from tuneavideo import util
+
+    def load() -> int:
+        parts = load_official(model)
+        weights = [p for name in ("unet", "vae", "text_encoder") for p in parts[name].parameters()]
+        for weight in weights:
+            weight.sum()  # the file is only mapped, and a page is read when it is first used
+        return sum(weight.numel() for weight in weights)
+
+    if job == "load":
+        return load
+    pipe = TuneAVideoPipeline(
+        **load_official(model), scheduler=DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     )
-    pipe.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(start(size, pipe.vae_scale_factor)).permute(0, 4, 1, 2, 3).contiguous()
     with torch.no_grad():
         unconditional, conditional = (pipe._encode_prompt(text, "cpu", 1, False, None) for text in ("", PROMPT))
-
     if job == "tune":
-        return official_step(api, model, unet, latents, conditional)
+        return official_step(model, pipe.unet, latents, conditional)
 
     # Text and pictures are no part of a step: both sides have encoded the one before, and leave the other out.
-    api.util.init_prompt = lambda prompt, pipeline: torch.cat([unconditional, unconditional])
-    pipe._encode_prompt = lambda *args: torch.cat([unconditional, conditional])
+    util.tqdm = iter
+    util.init_prompt = lambda prompt, pipeline: torch.cat([unconditional, unconditional])
+    pipe._encode_prompt = lambda *_: torch.cat([unconditional, conditional])
     pipe.decode_latents = lambda latents: latents.numpy()
+    pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(size.walk)
+    shape = {"video_length": size.frames, "height": size.pixels, "width": size.pixels}
 
     def invert() -> float:
-        return float(api.util.ddim_inversion(pipe, pipe.scheduler, latents, size.walk)[-1].std(correction=0))
+        return float(util.ddim_inversion(pipe, pipe.scheduler, latents, size.walk)[-1].std(correction=0))
 
     def sample() -> float:
-        shape = {"video_length": size.frames, "height": size.pixels, "width": size.pixels}
         last = pipe(PROMPT, latents=latents, num_inference_steps=size.walk, guidance_scale=GUIDANCE, **shape).videos
         return float(last.std(correction=0))
 
     return {"invert": invert, "sample": sample}[job]
 
 
-def load_official() -> types.SimpleNamespace:
-    """What the official code is made of."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+def load_official(model: Path) -> dict[str, Any]:
+    """As the training script loads and freezes them, but for the UNet, which is inflated already."""
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
     from tuneavideo.models.unet import UNet3DConditionModel
-    from tuneavideo.pipelines.pipeline_tuneavideo import TuneAVideoPipeline
 
-    sys.modules.setdefault("torchvision", types.ModuleType("torchvision"))  # imported for GIF grids, which none makes
-    from tuneavideo import util
-
-    util.tqdm = iter  # no progress bar
-    return types.SimpleNamespace(**locals())
-
-
-def parts_of(api: types.SimpleNamespace, model: Path) -> tuple[Any, Any, Any]:
-    """Text encoder, VAE and UNet, as the training script loads and freezes them; an inflated UNet is read as it is."""
-    api.CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-    text_encoder = api.CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
-    vae = api.AutoencoderKL.from_pretrained(model, subfolder="vae")
-    unet = api.UNet3DConditionModel.from_pretrained(model, subfolder="unet")
-    for part in (text_encoder, vae, unet):
+    parts = {
+        "text_encoder": CLIPTextModel.from_pretrained(model, subfolder="text_encoder"),
+        "vae": AutoencoderKL.from_pretrained(model, subfolder="vae"),
+        "unet": UNet3DConditionModel.from_pretrained(model, subfolder="unet"),
+    }
+    for part in parts.values():
         part.requires_grad_(False)
-    return text_encoder, vae, unet
+    return parts | {"tokenizer": CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")}
 
 
-def official_step(api: types.SimpleNamespace, model: Path, unet: Any, latents: Any, text: Any) -> Job:
+def official_step(model: Path, unet: Any, latents: Any, text: Any) -> Job:
     import torch
-    import torch.nn.functional as F
+    from diffusers import DDPMScheduler
 
-    schedule = api.DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    schedule = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     for name, module in unet.named_modules():
         if name.endswith(TRAINABLE):
             module.requires_grad_(True)
@@ -197,8 +174,8 @@ def official_step(api: types.SimpleNamespace, model: Path, unet: Any, latents: A
     def step() -> int:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, schedule.num_train_timesteps, (1,)).long()
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        loss = F.mse_loss(unet(noisy, timesteps, text).sample.float(), noise.float(), reduction="mean")
+        predicted = unet(schedule.add_noise(latents, noise, timesteps), timesteps, text).sample
+        loss = torch.nn.functional.mse_loss(predicted.float(), noise.float(), reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -216,37 +193,37 @@ def start(size: Size, factor: int) -> Any:
     return np.random.default_rng(0).normal(size=(1, size.frames, side, side, 4)).astype(np.float32)
 
 
-def measure(side: str, job: str, model: Path, size: Size, checkout: Path | None) -> dict[str, Any]:
-    """Run one job here. The first call apart, for it compiles or warms up; a walk's times are per step."""
+def measure(side: str, job: str, model: Path, size: Size, checkout: Path) -> dict[str, Any]:
+    """Run one job here. The first call apart, for it compiles or warms up; later times are for one step."""
     call = ours(job, model, size) if side == "ours" else official(job, model, size, checkout)
     steps = size.walk if job in ("invert", "sample") else 1
     first, computed = clock(call)
-    later = [clock(call)[0] / steps for _ in range(0 if job in ("import", "load") else size.repeat)]
+    later = [clock(call)[0] for _ in range(0 if job == "load" else size.repeat)]
+    steady = {name: statistics.median(took[name] for took in later) / steps for name in first} if later else None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-    steady = statistics.median(later) if later else None
     return {"side": side, "job": job, "first": first, "steady": steady, "peak": peak, "computed": computed}
 
 
-def clock(call: Job) -> tuple[float, Any]:
-    begin = time.perf_counter()
+def clock(call: Job) -> tuple[dict[str, float], Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
     result = call()
-    return time.perf_counter() - begin, result
+    return {"wall": time.perf_counter() - wall, "CPU": time.process_time() - cpu}, result
 
 
 def write_sd14(model: Path) -> None:
-    """Stable Diffusion 1.4 in shape: fresh weights, the tiny model's vocabulary, an inflated UNet that both sides read."""
+    """Stable Diffusion 1.4's shapes with fresh weights, the tiny model's words, and a UNet that is inflated already."""
     from flax import nnx
 
     from tav_jax import layout, models, weights
 
     unet, vae, text = models.UNetConfig.sd1(), models.VAEConfig(), models.ClipTextConfig.sd1()
     configs = dict(layout.Layout.open(SMALL).configs)
-    configs["unet"] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+    configs["unet"] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
     configs["vae"] |= {"block_out_channels": vae.block_out_channels, "layers_per_block": 2, "norm_num_groups": 32}
     configs["vae"] |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     configs["text_encoder"] |= vars(text)
-    networks = (models.UNet(unet, rngs=nnx.Rngs(0)), models.VAE(vae, rngs=nnx.Rngs(1)))
-    networks += (models.ClipText(text, rngs=nnx.Rngs(2)),)
+    kinds = ((models.UNet, unet), (models.VAE, vae), (models.ClipText, text))
+    networks = [build(config, rngs=nnx.Rngs(seed)) for seed, (build, config) in enumerate(kinds)]
     shape = layout.Layout(SMALL, {}, configs, unet, vae, text)
     weights.save(weights.Pipeline(shape, *networks, old_vae_names=True, fingerprint=""), model)
 
@@ -254,24 +231,23 @@ def write_sd14(model: Path) -> None:
 # ------------------------------------------------------------------------------------------------- in the parent
 
 
-def rounds(arguments: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """All measurements, the sides in turn, and in the other order every second round."""
+def measure_all(arguments: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    """All rounds; the sides take turns, every second round in the other order."""
     sides = {"ours": sys.executable} | ({"official": arguments.official_python} if arguments.official else {})
-    jobs = [job for job in SIZES[arguments.size].jobs if not arguments.jobs or job in arguments.jobs.split(",")]
     results = []
-    for number in range(arguments.rounds):
-        for job in jobs:
-            for side in list(sides)[:: -1 if number % 2 else 1]:
-                if side == "ours" or job not in INSTEAD:
-                    results.append(child(sides[side], f"{side}:{job}", arguments, model))
-                    print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    for job in jobs:
-        agree(job, [result["computed"] for result in results if result["job"] == job])
+    for number, job in itertools.product(range(arguments.rounds), SIZES[arguments.size].jobs):
+        for side in list(sides)[:: -1 if number % 2 else 1]:
+            if side == "ours" or job not in COMPARED:
+                results.append(child(sides[side], f"{side}:{job}", arguments, model))
+                print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+        computed = [result["computed"] for result in results if result["job"] == job]
+        if max(computed) - min(computed) > 1e-3 * abs(max(computed)):
+            sys.exit(f"{job}: the two sides did not compute the same: {sorted(set(computed))}")
     return results
 
 
 def child(python: str, what: str, arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
-    # This parent imports nothing large: a process starts with its parent's peak for its own.
+    # This parent imports nothing large: a process begins with its parent's peak for its own.
     command = [python, __file__, f"--measure={what}", f"--size={arguments.size}", f"--model={model}"]
     command += [f"--{name}={value}" for name in ("official", "cores") if (value := getattr(arguments, name))]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -281,62 +257,51 @@ def child(python: str, what: str, arguments: argparse.Namespace, model: Path) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def agree(job: str, values: list[float]) -> None:
-    if max(values) - min(values) > 1e-3 * abs(max(values)):
-        sys.exit(f"{job}: the sides did not compute the same: {sorted(set(values))}")
-
-
-def table(results: list[dict[str, Any]], size: Size) -> str:
-    """Markdown: median (smallest–largest), and the official side's median over ours."""
-    lines = ["| | ours | official | official ÷ ours |", "|---|---|---|---|"]
-    first = {"invert": f"first {size.walk} steps, s", "sample": f"first {size.walk} steps, s"}
+def table(results: list[dict[str, Any]], size: Size, clock: str) -> str:
+    """Markdown: median (smallest–largest) of the rounds, and the official side's median divided by ours."""
+    lines = [f"| {clock} seconds | ours | official | official ÷ ours |", "|---|---|---|---|"]
     for job in dict.fromkeys(result["job"] for result in results):
-        for key, what in (
-            ("first", first.get(job, "first step, s" if "tune" in job else "s")),
-            ("steady", "a step, s"),
-            ("peak", "peak, GiB"),
-        ):
-            ours_, theirs = (
-                [r[key] for r in results if r["side"] == side and r["job"] == job_]
-                for side, job_ in (("ours", job), ("official", INSTEAD.get(job, job)))
+        steps = 1 if "tune" in job else size.walk
+        first = "" if job == "load" else f", first {steps} steps" if steps > 1 else ", first step"
+        for key, what in (("first", f"{first}, s"), ("steady", ", a step, s"), ("peak", ", peak, GiB")):
+            mine, theirs = (
+                [r[key] if key == "peak" else r[key][clock] for r in results if (r["side"], r["job"]) == row and r[key]]
+                for row in (("ours", job), ("official", COMPARED.get(job, job)))
             )
-            if ours_[0] is not None:
-                ratio = f"{statistics.median(theirs) / statistics.median(ours_):.2f}" if theirs else "–"
-                lines.append(f"| {NAMES[job]}: {what} | {spread(ours_)} | {spread(theirs)} | {ratio} |")
+            if mine and (key != "peak" or clock == "wall"):
+                ratio = f"{statistics.median(theirs) / statistics.median(mine):.2f}" if theirs else "–"
+                lines.append(f"| {NAMES.get(job, job)}{what} | {spread(mine)} | {spread(theirs)} | {ratio} |")
     return "\n".join(lines)
 
 
 def spread(values: list[float]) -> str:
     if not values:
         return "–"
-    median, low, high = (f"{x:#.3g}" for x in (statistics.median(values), min(values), max(values)))
-    return f"{median} ({low}–{high})"
+    return f"{statistics.median(values):#.3g} ({min(values):#.3g}–{max(values):#.3g})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, help="use this many, by default all")
-    parser.add_argument("--jobs", help="only these, with commas between them")
+    parser.add_argument("--cores", type=int, help="run both sides on this many, by default on all")
     parser.add_argument("--official", type=Path, help="checkout of the official code; without it only ours is measured")
     parser.add_argument("--official-python", default=sys.executable, help="interpreter that can run it")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "tav_jax_benchmark")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a child is asked to do: side:job, or write
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure == "write":
-        return write_sd14(arguments.model)
-    if arguments.measure:
-        side, job = arguments.measure.split(":")
-        # Both sides take as many threads as they may run on; on a busy machine torch's wait for each other, ours do not.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
-        result = measure(side, job, arguments.model, SIZES[arguments.size], arguments.official)
-        return print(json.dumps(result))
-    model = SMALL
-    if arguments.size == "sd14" and not (model := arguments.cache / "sd14").is_dir():
-        subprocess.run([sys.executable, __file__, "--measure=write", f"--model={model}"], check=True)
-    print(table(rounds(arguments, model), SIZES[arguments.size]))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a child is asked for: side:job, or write
+    parser.add_argument("--model", type=Path, default=SMALL, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.measure == "write":
+        write_sd14(a.model)
+    elif a.measure:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.cores])  # before any import that counts the cores
+        print(json.dumps(measure(*a.measure.split(":"), a.model, SIZES[a.size], a.official)))
+    else:
+        model = a.model if a.size == "small" else a.cache / a.size
+        if not model.is_dir():
+            subprocess.run([sys.executable, __file__, "--measure=write", f"--model={model}"], check=True)
+        results = measure_all(a, model)
+        print(table(results, SIZES[a.size], "wall"), table(results, SIZES[a.size], "CPU"), sep="\n\n")
 
 
 if __name__ == "__main__":

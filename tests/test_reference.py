@@ -1,5 +1,6 @@
 """Every number against the official implementation's, in float32."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import channels_last, difference
@@ -31,7 +32,7 @@ def test_vae_both_ways(case):
     theirs = np.moveaxis(case.numbers["vae_decode_of_mean"], 1, -1)
     assert difference(decoded[0], np.clip(theirs / 2 + 0.5, 0, 1)) <= 1e-4
     # Without the clipping to [0, 1], which would hide what lies outside.
-    latents = their_mean[:2]
+    latents = jnp.asarray(their_mean[:2])
     assert difference(case.tav.parts.vae.decode(latents), theirs[:2]) <= 1e-4
 
 
