@@ -90,6 +90,7 @@ def read_config(arguments: Sequence[str]) -> Any:
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     if path and not os.path.isfile(path.split(":")[0]):
         raise MissingError(f"{path} does not exist; give a config file such as configs/default.py")
+    arguments = [_one_text_is_a_list(a, dict(config.leaves(config.get_config()))) for a in arguments]
     values = flags.FlagValues()
     before, sys.argv = sys.argv, ["tav", *arguments]  # where ml_collections looks for overrides
     try:
@@ -103,6 +104,14 @@ def read_config(arguments: Sequence[str]) -> Any:
         raise InputError(f"the config cannot be read: {told}") from error
     finally:
         sys.argv = before
+
+
+def _one_text_is_a_list(argument: str, known: dict[str, Any]) -> str:
+    """`--config.edit.prompts=a man is skiing` means a list of one."""
+    name, _, value = argument.removeprefix("--config.").partition("=")
+    if isinstance(known.get(name), tuple) and not value.lstrip().startswith(("(", "[", "'", '"')):
+        return f"--config.{name}=({value!r},)"
+    return argument
 
 
 def hush() -> None:

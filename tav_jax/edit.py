@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tav_jax import memory, prompts
 from tav_jax.errors import InputError
-from tav_jax.pipeline import Edit, TuneAVideo, counter, progress_bar
+from tav_jax.pipeline import Edit, TuneAVideo
+from tav_jax.progress import counter, progress_bar
 from tav_jax.run import Run, load_clip, say
 from tav_jax.video import Clip
 from tav_jax.workdir import Workdir

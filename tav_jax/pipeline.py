@@ -7,11 +7,9 @@ noise = tav.invert(clip)
 tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
 """
 
-import builtins
 import contextlib
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +24,11 @@ from tav_jax import programs, prompts, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
+from tav_jax.progress import Progress, progress_bar, shown
 from tav_jax.video import Clip
 
 Given = Array | np.ndarray  # what a caller may hand over
 Frames = Clip | UInt8[np.ndarray, "F H W 3"]
-Progress = Callable[[int], None] | bool | None
 Advance = Callable[[training.Learner, int], tuple[training.Learner, training.Report]]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
@@ -39,34 +37,6 @@ PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this s
 class Tuned(NamedTuple):
     losses: Float[np.ndarray, "N"]
     grad_norms: Float[np.ndarray, "N"]  # before clipping
-
-
-def progress_bar(total: int, what: str, show: bool | None = None):
-    """Shown where somebody looks: at a terminal or in a notebook, and by the first process only."""
-    from tqdm.auto import tqdm
-
-    if show is None:
-        show = jax.process_index() == 0 and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
-    return tqdm(total=total, desc=what, disable=not show)
-
-
-@contextlib.contextmanager
-def shown(progress: Progress, steps: int, what: str) -> Iterator[Callable[[int], None] | None]:
-    """A walk's `progress` as its caller gave it: a function, True for a bar, or nothing."""
-    if progress is True:
-        with progress_bar(steps, what, True) as bar:
-            yield counter(bar)
-    else:
-        yield progress or None
-
-
-def counter(bar: Any) -> Callable[[int], None] | None:
-    """A walk's `progress` that moves the bar on; none for a bar that nobody sees."""
-
-    def count(_: int) -> None:
-        bar.update()
-
-    return None if bar.disable else count
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tav_jax import config as configs
 from tav_jax import memory, metrics, prompts, training
 from tav_jax.checkpoint import Checkpoints
 from tav_jax.errors import InputError, MissingError, WeightsError
-from tav_jax.pipeline import TuneAVideo, progress_bar
+from tav_jax.pipeline import TuneAVideo
+from tav_jax.progress import progress_bar
 from tav_jax.video import Clip, load_video
 from tav_jax.workdir import Workdir
 

@@ -41,6 +41,21 @@ def test_every_config_is_good_and_its_docstring_holds_its_launch_line(file):
     assert config.from_json(config.to_json(settings)) == settings
 
 
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("a man, skiing", ("a man, skiing",)),
+        ("('a', 'b')", ("a", "b")),
+        ("['a', 'b']", ("a", "b")),
+        ("it's one", ("it's one",)),
+        ("", ("",)),
+        ("()", ()),
+    ],
+)
+def test_lists_of_texts_from_the_command_line(given, prompts):
+    assert cli.read_config([f"--config.edit.prompts={given}"]).edit.prompts == prompts
+
+
 def test_overrides_reach_the_config_in_its_types():
     c = cli.read_config(
         [

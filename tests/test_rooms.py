@@ -25,8 +25,9 @@ ALLOWED = {
     "programs": {"jax", "models", "diffusion"},
     "pipeline": {
         *("jax", "flax", "errors", "video", "models", "diffusion", "training"),
-        *("layout", "weights", "prompts", "programs", "run", "tqdm"),
+        *("layout", "weights", "prompts", "programs", "progress", "run"),
     },
+    "progress": {"jax", "tqdm"},
     "config": {"ml_collections", "errors"},
     "workdir": {"etils", "errors"},
     "memory": {"jax", "kernels", "models"},
@@ -34,9 +35,10 @@ ALLOWED = {
     "checkpoint": {"jax", "flax", "orbax", "training", "weights", "errors"},
     "run": {
         *("jax", "flax", "errors", "config", "memory", "metrics", "prompts", "training", "checkpoint", "pipeline"),
+        "progress",
         *("video", "workdir"),
     },
-    "edit": {"jax", "PIL", "errors", "memory", "prompts", "pipeline", "run", "video", "workdir"},
+    "edit": {"jax", "PIL", "errors", "memory", "prompts", "pipeline", "progress", "run", "video", "workdir"},
     "doctor": {"jax", "av"},
     "cli": {"absl", "ml_collections", "errors", "config", "doctor", "run", "edit", "weights", "__version__"},
     "__main__": {"cli"},

@@ -1,0 +1,39 @@
+"""Bars, for whoever looks."""
+
+import builtins
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+Progress = Callable[[int], None] | bool | None
+
+
+def progress_bar(total: int, what: str, show: bool | None = None):
+    """Shown where somebody looks: at a terminal or in a notebook, and by the first process only."""
+    from tqdm.auto import tqdm
+
+    if show is None:
+        show = jax.process_index() == 0 and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
+    return tqdm(total=total, desc=what, disable=not show)
+
+
+@contextlib.contextmanager
+def shown(progress: Progress, steps: int, what: str) -> Iterator[Callable[[int], None] | None]:
+    """A walk's `progress` as its caller gave it: a function, True for a bar, or nothing."""
+    if progress is True:
+        with progress_bar(steps, what, True) as bar:
+            yield counter(bar)
+    else:
+        yield progress or None
+
+
+def counter(bar: Any) -> Callable[[int], None] | None:
+    """A walk's `progress` that moves the bar on; none for a bar that nobody sees."""
+
+    def count(_: int) -> None:
+        bar.update()
+
+    return None if bar.disable else count
