@@ -67,7 +67,7 @@ class Case:
 _cases = {name: Case(REFERENCE / name) for name in CASES}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES])
+@pytest.fixture(params=CASES)
 def case(request) -> Case:
     return _cases[request.param]
 

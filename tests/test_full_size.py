@@ -14,7 +14,7 @@ from conftest import REFERENCE, difference
 from tav_jax import layout, weights
 from tav_jax.models import VAE, ClipText, UNet
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("full size")]
+pytestmark = pytest.mark.slow
 
 torch = pytest.importorskip("torch", reason="the oracle, CPU torch, is not installed")
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")

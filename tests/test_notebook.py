@@ -13,7 +13,6 @@ nbformat = pytest.importorskip("nbformat", reason='the notebook is read with nbf
 nbclient = pytest.importorskip("nbclient", reason='the notebook is run with nbclient: pip install -e ".[notebook]"')
 pytest.importorskip("ipykernel", reason='the notebook runs in ipykernel: pip install -e ".[notebook]"')
 
-pytestmark = pytest.mark.xdist_group("notebook")  # one worker runs it once, for all tests
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tune_a_video.ipynb"
 # Asked of the kernel after the last cell.

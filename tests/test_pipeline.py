@@ -10,8 +10,6 @@ import pytest
 
 from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video, programs
 
-pytestmark = pytest.mark.xdist_group("sd1")
-
 
 @pytest.fixture
 def clip(sd1) -> Clip:

@@ -17,8 +17,6 @@ from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.run import Run
 from tav_jax.workdir import Workdir
 
-pytestmark = pytest.mark.xdist_group("run")
-
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory):
