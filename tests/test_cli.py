@@ -14,7 +14,6 @@ import pytest
 from tav_jax import Clip, TuneAVideo, load_video
 from tav_jax.video import Audio
 
-
 RATE = 16000
 
 

@@ -12,7 +12,6 @@ from tav_jax.errors import InputError
 from tav_jax.models import UNet, UNetConfig
 from tav_jax.training import Example, Hyper, Learner, is_trainable
 
-
 SMALL = UNetConfig(
     block_out_channels=(8, 16),
     layers_per_block=1,
