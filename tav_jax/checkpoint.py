@@ -44,6 +44,7 @@ class Checkpoints:
             max_to_keep=keep_newest, keep_period=keep_every or None, enable_async_checkpointing=True
         )
         self.directory = directory
+        self.begun: int | None = None  # the step whose files may still be on their way
         self.manager = ocp.CheckpointManager(directory, options=options, item_names=("learner", "about"))
 
     @property
@@ -59,6 +60,7 @@ class Checkpoints:
         )
         try:
             self.manager.save(step, args=items)
+            self.begun = step
         except (OSError, ValueError) as error:
             raise self._not_written(step, error) from error
 
@@ -67,9 +69,11 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise self._not_written(self.newest, error) from error
+            raise self._not_written(self.begun, error) from error
 
     def _not_written(self, step: int | None, error: Exception) -> InputError:
+        if self.begun is not None and self.begun not in self.manager.all_steps(read=True):
+            step = self.begun  # a write that failed in the background is told of when the next one begins
         return InputError(
             f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); earlier "
             "ones are whole. Make room, and run the same command again."
