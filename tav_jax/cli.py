@@ -23,6 +23,7 @@ settings:
 """
 EXAMPLES = """\
 examples:
+  tav demo   --out=demo
   tav train  --config=configs/man_skiing.py --workdir=runs/ski
   tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
   tav export --workdir=runs/ski --out=spider-ski
@@ -34,6 +35,18 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="tav", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
     top.add_argument("--version", action="version", version=f"tav_jax {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole job on a tiny embedded model, without downloads",
+        description="The whole job on a tiny embedded model, without downloads: a drawn clip is learned, inverted and "
+        "edited, and a page shows what came of it. Takes a few minutes on two cores.",
+    )
+    demo.add_argument("--out", default="tav-demo", help="a new or empty folder (default: %(default)s)")
+    demo.add_argument("--prompt", action="append", default=[], help="an edit of your own; may be given several times")
+    demo.add_argument("--clip", type=int, help="draw the clip with this number instead of the usual one")
+    demo.add_argument("--steps", type=int, help="tuning steps")
+    demo.add_argument("--seed", type=int, help="of all that is drawn at random (default: 0)")
 
     train = commands.add_parser(
         "train",
@@ -131,6 +144,15 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
         return doctor.report()
     hush()
+    from tav_jax import cache
+
+    cache.enable()
+    if arguments.command == "demo":
+        from tav_jax.sprites.demo import demo, settings_with
+
+        chosen = settings_with(steps=arguments.steps, seed=arguments.seed)
+        demo(arguments.out, arguments.prompt, chosen, number=arguments.clip)
+        return 0
     if arguments.command == "train":
         settings = read_config(rest)
         from tav_jax.run import Run

@@ -296,8 +296,8 @@ class TuneAVideo:
         """DDIM inversion: the noise from which sampling finds back to the clip.
 
         Takes a clip, its frames, or its latents. With `return_trajectory` the latents at all levels, `[steps + 1, 1, F,
-        h, w, 4]`, the clip's own first. `progress` is True for a bar, or a function that is called with the number of
-        steps done; with and without are two programs, each compiled once.
+        h, w, 4]`, the clip's own first. `progress` is True for a bar, or a function that is called every few steps with
+        the number of steps done; with and without are two programs, each compiled once.
         """
         ladder = self.schedule.inversion(steps)
         if isinstance(clip, Clip):
@@ -357,18 +357,25 @@ class TuneAVideo:
         return edits[0] if isinstance(prompt, str) else edits
 
     def _walk(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
-        with self._exact(), programs.reporting(progress) as report:
-            return programs.walk_latents(
-                self.parts.unet,
-                latents,
-                text,
-                ladder,
-                jnp.float32(0.0 if guidance is None else guidance),
-                prediction=self.schedule.prediction,
-                use_guidance=guidance is not None,
-                trajectory=trajectory,
-                report=report,
-            )
+        """In one program; where somebody wants to see it go on, in several runs of a shorter one."""
+        done, paths = 0, []
+        for piece in [ladder] if progress is None else programs.in_pieces(ladder):
+            with self._exact():
+                latents, path = programs.walk_latents(
+                    self.parts.unet,
+                    latents,
+                    text,
+                    piece,
+                    jnp.float32(0.0 if guidance is None else guidance),
+                    prediction=self.schedule.prediction,
+                    use_guidance=guidance is not None,
+                    trajectory=trajectory,
+                )
+            paths.append(path)
+            if progress is not None:
+                jax.block_until_ready(latents)
+                progress(done := done + len(piece.timesteps))
+        return latents, jnp.concatenate(paths) if trajectory else None
 
     # ------------------------------------------------------------------------------------------------ checks
 

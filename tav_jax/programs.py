@@ -4,14 +4,13 @@ Modules are pytrees, so a network goes in as an argument and its weights are nev
 from call to call (text, guidance, tables, timesteps) is an array.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tav_jax.diffusion import guided, walk
+from tav_jax.diffusion import Ladder, guided, walk
 from tav_jax.models import VAE, ClipText, UNet
 
 
@@ -50,9 +49,9 @@ def call_unet(unet: UNet, latents: Any, timesteps: Any, text: Any) -> jax.Array:
     return unet(latents, timesteps, text).astype(jnp.float32)
 
 
-@jax.jit(static_argnames=("prediction", "use_guidance", "trajectory", "report"))
+@jax.jit(static_argnames=("prediction", "use_guidance", "trajectory"))
 def walk_latents(
-    unet: UNet, latents, text, ladder, guidance, *, prediction, use_guidance: bool, trajectory: bool, report
+    unet: UNet, latents, text, ladder, guidance, *, prediction, use_guidance: bool, trajectory: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Inversion or sampling. With guidance, `text` is [unconditional; conditional], twice the batch of the latents."""
 
@@ -60,31 +59,13 @@ def walk_latents(
         return unet(x, jnp.broadcast_to(t, x.shape[:1]), text).astype(jnp.float32)
 
     denoiser = guided(denoise, guidance) if use_guidance else denoise
-    return walk(denoiser, latents, ladder, prediction, trajectory=trajectory, report=report)
+    return walk(denoiser, latents, ladder, prediction, trajectory=trajectory)
 
 
-class _Reporter:
-    """One object for all callbacks, so that a program with progress is compiled once and not once a callback."""
-
-    target: Callable[[int], None] | None = None
-
-    def __call__(self, done: Any) -> None:
-        if self.target is not None:
-            self.target(int(done))
-
-
-_reporter = _Reporter()
-
-
-@contextlib.contextmanager
-def reporting(progress: Callable[[int], None] | None) -> Iterator[_Reporter | None]:
-    """While inside, walks given the yielded value call `progress` with the number of steps done. None costs nothing."""
-    if progress is None:
-        yield None
-        return
-    _reporter.target = progress
-    try:
-        yield _reporter
-        jax.effects_barrier()  # the last reports are on their way when the call returns
-    finally:
-        _reporter.target = None
+def in_pieces(ladder: Ladder, longest: int = 5) -> Iterator[Ladder]:
+    """A ladder cut into equal parts of a few steps, so that one program walks them all, with a look at the clock in
+    between. A callback from inside the loop would do that too, but no program with one can be kept on disk."""
+    steps = len(ladder.timesteps)
+    size = max(n for n in range(1, longest + 1) if steps % n == 0)
+    for first in range(0, steps, size):
+        yield Ladder(*(column[first : first + size] for column in ladder))

@@ -33,7 +33,9 @@ def shown(progress: Progress, steps: int, what: str) -> Iterator[Callable[[int],
 def counter(bar: Any) -> Callable[[int], None] | None:
     """A walk's `progress` that moves the bar on; none for a bar that nobody sees."""
 
-    def count(_: int) -> None:
-        bar.update()
+    before = bar.n
+
+    def count(done: int) -> None:
+        bar.update(before + done - bar.n)
 
     return None if bar.disable else count

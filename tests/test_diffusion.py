@@ -1,12 +1,12 @@
 """Schedule, one step and the loop, against Diffusers' schedulers and against closed forms."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tav_jax.diffusion import Schedule, add_noise, guided, move, velocity, walk
 from tav_jax.errors import InputError, WeightsError
+from tav_jax.programs import in_pieces
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -172,27 +172,22 @@ def test_guidance_is_the_formula():
     np.testing.assert_allclose(guided(denoise, jnp.float32(7.5))(x, 5), 1 + 7.5 * (3 - 1))
 
 
-def test_a_trajectory_ends_where_the_walk_does_and_a_report_comes_for_each_step():
-    s, seen = schedule(), []
+def test_a_trajectory_ends_where_the_walk_does():
+    s = schedule()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 3, 4)), jnp.float32)
-    last, path = walk(lambda x, t: 0.1 * x, x, s.sampling(7), "epsilon", trajectory=True, report=seen.append)
-    jax.effects_barrier()
+    last, path = walk(lambda x, t: 0.1 * x, x, s.sampling(7), "epsilon", trajectory=True)
     assert path.shape == (7, *x.shape)
     assert np.array_equal(path[-1], last)
-    assert sorted(int(i) for i in seen) == list(range(1, 8))
     assert walk(lambda x, t: 0.1 * x, x, s.sampling(7), "epsilon")[1] is None
 
 
-def test_an_unused_report_leaves_no_trace_in_the_program():
-    def program(report):
-        return str(
-            jax.make_jaxpr(lambda x: walk(lambda x, t: x, x, schedule().sampling(5), "epsilon", report=report)[0])(
-                jnp.ones((1, 1, 2, 2, 4))
-            )
-        )
-
-    assert "callback" not in program(None)
-    assert "callback" in program(print)
+@pytest.mark.parametrize("steps", [1, 7, 11, 20, 50])
+def test_a_ladder_in_pieces_is_the_same_ladder(steps):
+    whole = schedule().sampling(steps)
+    pieces = list(in_pieces(whole))
+    assert len({len(piece.timesteps) for piece in pieces}) == 1  # so one program does for all
+    for i, column in enumerate(whole):
+        assert np.array_equal(np.concatenate([piece[i] for piece in pieces]), column)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000, True])

@@ -49,11 +49,19 @@ def test_other_values_compile_nothing(sd1):
     tav.invert(0.5 * sd1.latents, steps=4, prompt="blue")
     tav.sample("a blue square is moving", latents=2 * noise, steps=4, guidance=12.5, negative_prompt="red")
     assert programs.walk_latents._cache_size() == compiled
+
+
+def test_a_walk_that_is_watched_is_the_same_walk(sd1):
+    tav = sd1.tav
+    noise = tav.invert(sd1.latents, steps=4)
+    whole = tav.sample("red", latents=noise, steps=6, guidance=3.0, return_trajectory=True)
+    compiled = programs.walk_latents._cache_size()
     seen: list[int] = []
-    tav.sample("red", latents=noise, steps=4, guidance=3.0, progress=seen.append)
-    tav.sample("red", latents=noise, steps=4, guidance=5.0, progress=lambda done: seen.append(done))
+    parts = tav.sample("red", latents=noise, steps=6, guidance=3.0, return_trajectory=True, progress=seen.append)
+    tav.sample("red", latents=noise, steps=6, guidance=5.0, return_trajectory=True, progress=lambda done: None)
     assert programs.walk_latents._cache_size() == compiled + 1
-    assert sorted(seen) == sorted([1, 2, 3, 4] * 2)
+    assert seen == [3, 6]
+    np.testing.assert_allclose(parts.trajectory, whole.trajectory, rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_of_one_is_the_conditional_half(sd1):

@@ -40,7 +40,16 @@ ALLOWED = {
     },
     "edit": {"jax", "PIL", "errors", "memory", "prompts", "pipeline", "progress", "run", "video", "workdir"},
     "doctor": {"jax", "av"},
-    "cli": {"absl", "ml_collections", "errors", "config", "doctor", "run", "edit", "weights", "__version__"},
+    "cache": {"jax"},
+    "sprites": {
+        *("jax", "PIL", "Clip", "Edit", "InputError", "TavError", "TuneAVideo"),  # the public interface
+        *("cache", "edit", "pipeline", "progress", "prompts", "training", "workdir"),
+        *("flax", "optax", "safetensors", "diffusion", "models", "weights"),  # pretraining
+    },
+    "cli": {
+        *("absl", "ml_collections", "errors", "__version__"),
+        *("cache", "config", "doctor", "edit", "run", "sprites", "weights"),
+    },
     "__main__": {"cli"},
     "__init__": {"errors", "pipeline", "prompts", "video"},
 }

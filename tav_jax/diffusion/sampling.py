@@ -28,19 +28,13 @@ def walk(
     prediction: Prediction,
     *,
     trajectory: bool = False,
-    report: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B F h w c"], Float[Array, "steps B F h w c"] | None]:
-    """Take every step of the ladder. Returns the last latents and, if asked for, those after each step.
-
-    `report` is called on the host with the number of steps done; without it the program has no trace of it.
-    """
+    """Take every step of the ladder. Returns the last latents and, if asked for, those after each step."""
 
     def step(x, row):
-        i, t, start, end = row
+        t, start, end = row
         x = move(x, denoise(x, t), start, end, prediction)
-        if report is not None:
-            jax.debug.callback(report, i + 1)
         return x, x if trajectory else None
 
-    rows = (jnp.arange(len(ladder.timesteps)), *(jnp.asarray(column) for column in ladder))
+    rows = tuple(jnp.asarray(column) for column in ladder)
     return jax.lax.scan(step, latents.astype(jnp.float32), rows)

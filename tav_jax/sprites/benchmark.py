@@ -1,0 +1,235 @@
+"""What each part of the method buys, measured against known truth: `python -m tav_jax.sprites.benchmark`
+
+Held-out clips of the drawn world, four edits each, judged by their pixels. Each cell (row, clip, seed) is a file of its
+own, so that the table can be computed in pieces and in any order: the same line goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tav_jax import Clip, TuneAVideo, cache
+from tav_jax.progress import progress_bar
+from tav_jax.sprites.demo import reconstruction
+from tav_jax.sprites.edits import FPS, MODEL, Settings, edits_of
+from tav_jax.sprites.judge import judge
+from tav_jax.sprites.world import SpriteClip
+
+FIRST_CLIP = 1000  # the clips that nothing was tried out on begin here
+CLIPS, FEW, SEEDS = 16, 4, 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to do it: the full method, or the method without one of its parts."""
+
+    name: str
+    told: str
+    clips: int = FEW
+    tuning: bool = True
+    inversion: bool = True
+    spatial_attention: str = "sparse-causal"
+    temporal_attention: bool = True
+    places: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row("full", "the full method", clips=CLIPS),
+    Row("no-tuning", "no tuning", tuning=False),
+    Row("no-inversion", "no inversion: from noise", inversion=False),
+    Row("first-frame", "attention to the first frame only", spatial_attention="first-frame"),
+    Row("per-frame", "attention within each frame only", spatial_attention="per-frame"),
+    Row("no-temporal", "no temporal attention", temporal_attention=False),
+    Row("mid-and-up", "official subset: mid and up blocks only", places=("mid", "up")),
+)
+MEASURES = ("edit_accuracy", "trajectory_error_px", "frame_consistency")
+
+
+class Cell(NamedTuple):
+    row: Row
+    clip: int
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.row.name}/clip{self.clip:02d}-seed{self.seed}.json"
+
+
+def cells(rows: tuple[Row, ...] = ROWS, clips: int = CLIPS, seeds: int = SEEDS) -> Iterator[Cell]:
+    """In the order that soonest gives a table: all rows on a few clips with one seed first."""
+    grid = [Cell(row, clip, seed) for seed in range(seeds) for clip in range(clips) for row in rows if clip < row.clips]
+    return iter(sorted(grid, key=lambda cell: (cell.clip >= FEW, cell.seed, cell.clip)))
+
+
+def compute(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """One clip tuned, inverted, edited four times and judged."""
+    from tav_jax.training import TRAINABLE
+
+    row, s, started = cell.row, settings, time.perf_counter()
+    source = SpriteClip.draw(FIRST_CLIP + cell.clip, s.frames)
+    clip = Clip(source.frames, FPS)
+    sentence = source.scene.caption
+    words = (*TRAINABLE, *row.places)
+    tav = TuneAVideo.from_pretrained(
+        MODEL,
+        dtype="float32",
+        seed=cell.seed,
+        spatial_attention=row.spatial_attention,
+        temporal_attention=row.temporal_attention,
+        trainable=words,
+    )
+    if row.tuning:
+        tav.tune(clip, sentence, steps=s.steps, learning_rate=s.learning_rate, seed=cell.seed, trainable=words)
+    if row.inversion:
+        start = tav.invert(clip, steps=s.inversion_steps)
+    else:
+        start = tav.noise(cell.seed, s.frames, source.frames.shape[1:3])
+    wanted = edits_of(source, FIRST_CLIP + cell.clip)
+    texts = [edit.scene.caption for edit in wanted.values()]
+    edits = tav.sample(texts, latents=start, steps=s.sampling_steps, guidance=s.guidance)
+    verdicts = {kind: judge(edit.frames, wanted[kind]) for kind, edit in zip(wanted, edits, strict=True)}
+    told = {
+        "row": row.name,
+        "clip": cell.clip,
+        "seed": cell.seed,
+        "motion": source.motion,
+        "sentence": sentence,
+        "edits": {
+            kind: {"prompt": text} | {name: value for name, value in verdict._asdict().items() if name != "centres"}
+            for (kind, verdict), text in zip(verdicts.items(), texts, strict=True)
+        },
+        **{name: float(np.mean([getattr(v, name) for v in verdicts.values()])) for name in MEASURES},
+        "settings": asdict(settings),
+    }
+    if row.name == "full":
+        told["reconstruction_psnr_db"] = reconstruction(tav, clip, sentence, s)
+    return told | {"seconds": time.perf_counter() - started}
+
+
+def write(file: Path, told: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".partial")
+    scratch.write_text(json.dumps(told, indent=1) + "\n")
+    os.replace(scratch, file)
+
+
+# --------------------------------------------------------------------------------------------------- the table
+
+
+class Figure(NamedTuple):
+    mean: float
+    spread: float  # standard deviation between the seeds' means; not a number where there is one seed only
+    cells: int
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}}" + (f" ± {self.spread:{spec}}" if np.isfinite(self.spread) else "")
+
+
+def figure(told: list[dict[str, Any]], measure: str) -> Figure:
+    by_seed = defaultdict(list)
+    for cell in told:
+        by_seed[cell["seed"]].append(cell[measure])
+    means = [np.mean(values) for values in by_seed.values()]
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
+    return Figure(float(np.mean([cell[measure] for cell in told])), spread, len(told))
+
+
+def gathered(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What there is, by row."""
+    told = [json.loads(file.read_text()) for file in sorted(folder.glob("*/*.json"))]
+    return {row.name: [cell for cell in told if cell["row"] == row.name] for row in ROWS}
+
+
+def table(folder: Path) -> str:
+    """Two tables in Markdown: every row on all of its clips, and on the clips that all rows share."""
+    lines = ["| | edit accuracy | path error, px | steadiness | cells |", "|---|---|---|---|---|"]
+    for row in ROWS:
+        told = gathered(folder)[row.name]
+        versions = [(row.told, told)]
+        if row.clips > FEW:
+            versions.append((f"{row.told}, the {FEW} clips of the rows below", [c for c in told if c["clip"] < FEW]))
+        for name, some in versions:
+            if some:
+                a, t, f = (figure(some, measure) for measure in MEASURES)
+                lines.append(f"| {name} | {a:.2f} | {t:.2f} | {f:.3f} | {a.cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(folder: Path) -> str:
+    """Accuracy against path error, a dot a cell and a large one a row, as an SVG."""
+    wide, high, left, bottom = 720, 420, 60, 46
+    colours = ("#d1495b", "#7d8590", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")
+    told = gathered(folder)
+    furthest = max((cell["trajectory_error_px"] for cells in told.values() for cell in cells), default=1.0) * 1.05
+
+    def at(cell: dict[str, float]) -> tuple[float, float]:
+        x = left + (wide - left - 220) * cell["trajectory_error_px"] / furthest
+        return x, high - bottom - (high - bottom - 20) * cell["edit_accuracy"]
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{wide}" height="{high}" fill="white"/>',
+    ]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        _, y = at({"trajectory_error_px": 0, "edit_accuracy": share})
+        parts.append(f'<line x1="{left}" x2="{wide - 220}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{share:.0%}</text>')
+    for pixels in range(0, int(furthest) + 1, max(1, int(furthest) // 6)):
+        x, _ = at({"trajectory_error_px": pixels, "edit_accuracy": 0})
+        parts.append(f'<text x="{x:.1f}" y="{high - bottom + 18}" text-anchor="middle" fill="#555">{pixels}</text>')
+    parts.append(f'<text x="{left}" y="{high - 8}" fill="#555">distance from the source\'s path, pixels</text>')
+    parts.append(f'<text x="{left}" y="13" fill="#555">frames that show what the prompt says</text>')
+    for i, (row, colour) in enumerate(zip(ROWS, colours, strict=True)):
+        if not told[row.name]:
+            continue
+        for cell in told[row.name]:
+            x, y = at(cell)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" opacity="0.35"/>')
+        x, y = at({name: figure(told[row.name], name).mean for name in MEASURES})
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="{colour}" stroke="white" stroke-width="1.5"/>')
+        parts.append(f'<circle cx="{wide - 205}" cy="{40 + 22 * i}" r="5" fill="{colour}"/>')
+        parts.append(f'<text x="{wide - 194}" y="{44 + 22 * i}" fill="#222">{row.told}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tav_jax.sprites.benchmark", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/sprites"), help="the cells' folder (%(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], help="only these rows")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="only the first clips (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="only the first seeds (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    a, started = arguments(given), time.time()
+    cache.enable()
+    rows = tuple(row for row in ROWS if not a.rows or row.name in a.rows)
+    missing = [cell for cell in cells(rows, a.clips, a.seeds) if not (a.out / cell.file).exists()]
+    with progress_bar(len(missing), "cells") as bar:
+        for cell in missing:
+            if time.time() - started > 60 * a.minutes:
+                break
+            told = compute(cell, Settings())
+            write(a.out / cell.file, told)
+            short = ", ".join(f"{name} {told[name]:.3f}" for name in MEASURES)
+            print(f"{cell.file}: {short}, {told['seconds']:.0f} s", file=sys.stderr, flush=True)
+            bar.update()
+    (a.out / "table.md").write_text(table(a.out))
+    (a.out / "picture.svg").write_text(picture(a.out))
+    print(table(a.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,387 @@
+"""How the embedded model was made: `python -m tav_jax.sprites.pretrain --workdir=out/pretrain`
+
+Three stages, each kept on disk so that the same line goes on where it was stopped: an autoencoder is learned from
+stills of the drawn world; many stills are encoded once; a UNet learns to denoise them, together with its text encoder.
+What comes out is a Stable Diffusion in the Diffusers layout, in half precision.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from safetensors.numpy import save_file
+
+from tav_jax import TavError
+from tav_jax.diffusion import Schedule
+from tav_jax.diffusion.schedule import add_noise
+from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
+from tav_jax.progress import progress_bar
+from tav_jax.prompts import load_tokenizer, tokenize
+from tav_jax.sprites.words import END, LENGTH, START, vocabulary, write_tokenizer
+from tav_jax.sprites.world import scenes, still
+from tav_jax.weights import TEMPORAL, torch_tensors
+
+HERE = Path(__file__).parent / "model"
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number that the weights depend on."""
+
+    seed: int = 0
+    vae_steps: int = 4000
+    vae_batch: int = 8
+    vae_learning_rate: float = 2e-3
+    vae_kl: float = 1e-4  # weight of the posterior's divergence, a latent number
+    pictures: int = 32768  # stills that the UNet learns from
+    unet_steps: int = 12000
+    unet_batch: int = 32
+    unet_learning_rate: float = 1e-3
+    caption_dropout: float = 0.1  # for guidance
+    ema: float = 0.9995
+
+    vae_widths: tuple[int, ...] = (16, 32, 64)
+    unet_widths: tuple[int, ...] = (64, 96, 96)
+    unet_heads: tuple[int, ...] = (2, 4, 4)
+    text_width: int = 96
+
+    def vae(self) -> VAEConfig:
+        return VAEConfig(block_out_channels=self.vae_widths, layers_per_block=1, norm_num_groups=8)
+
+    def unet(self) -> UNetConfig:
+        """In its one-frame form: each picture sees itself, and time does not exist."""
+        return UNetConfig(
+            block_out_channels=self.unet_widths,
+            layers_per_block=1,
+            down_attention=(False, True, True),
+            up_attention=(True, True, False),
+            heads=self.unet_heads,
+            cross_attention_dim=self.text_width,
+            norm_num_groups=16,
+            spatial_attention="per-frame",
+            temporal_attention=False,
+        )
+
+    def text(self) -> ClipTextConfig:
+        return ClipTextConfig(
+            vocab_size=len(vocabulary()),
+            hidden_size=self.text_width,
+            intermediate_size=2 * self.text_width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    moments: Any
+    average: Any  # of the parameters, over the last few thousand steps: what is used in the end
+
+
+def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(300, steps // 10), steps, rate / 50)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
+
+
+def save(file: Path, tree: Any) -> None:
+    """All or nothing: the file is renamed into its place when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".partial")
+    with scratch.open("wb") as out:
+        np.savez(out, *(np.asarray(leaf) for leaf in jax.tree.leaves(tree)))
+    os.replace(scratch, file)
+
+
+def load(file: Path, like: Any) -> Any:
+    with np.load(file) as arrays:
+        leaves = [jnp.asarray(arrays[f"arr_{i}"]) for i in range(len(arrays.files))]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def fit(
+    name: str,
+    loss: Callable[..., jax.Array],
+    params: Any,
+    tx: optax.GradientTransformation,
+    steps: int,
+    batch: Callable[[int], tuple],
+    workdir: Path,
+    *,
+    decay: float,
+    every: int = 500,
+) -> Any:
+    """Go on from the newest state in `workdir`, to the end; gives the averaged parameters."""
+
+    @jax.jit(donate_argnums=0)
+    def advance(state: State, *data):
+        value, grads = jax.value_and_grad(loss)(state.params, jax.random.fold_in(key, state.step), *data)
+        updates, moments = tx.update(grads, state.moments, state.params)
+        params = optax.apply_updates(state.params, updates)
+        share = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(lambda a, p: share * a + (1 - share) * p, state.average, params)
+        return State(state.step + 1, params, moments, average), value
+
+    key = jax.random.key(1)
+    state = State(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params))
+    file = workdir / f"{name}.npz"
+    if file.exists():
+        state = load(file, state)
+    first, losses, started = int(state.step), [], time.time()
+    with progress_bar(steps, name) as bar, (workdir / f"{name}.jsonl").open("a") as log:
+        bar.update(first)
+        for step in range(first, steps):
+            state, value = advance(state, *batch(step))
+            losses.append(value)
+            bar.update()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                mean = float(np.mean(jax.device_get(losses)))
+                bar.set_postfix(loss=f"{mean:.4f}")
+                rate = (time.time() - started) / len(losses)
+                print(json.dumps({"step": step + 1, "loss": mean, "seconds_per_step": rate}), file=log, flush=True)
+                losses, started = [], time.time()
+                save(file, state)
+    return state.average
+
+
+# -------------------------------------------------------------------------------------------------- autoencoder
+
+
+def pixels(first: int, count: int) -> np.ndarray:
+    """Stills number `first` and on, in [−1, 1]."""
+    return np.stack([still(first + i)[2] for i in range(count)]).astype(np.float32) / 127.5 - 1
+
+
+def train_vae(recipe: Recipe, workdir: Path) -> VAE:
+    graph, params = nnx.split(VAE(recipe.vae(), rngs=nnx.Rngs(recipe.seed)))
+
+    def loss(params, key, pictures):
+        vae = nnx.merge(graph, params)
+        mean, std = vae.encode(pictures)
+        again = vae.decode(mean + std * jax.random.normal(key, mean.shape))
+        divergence = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
+        return jnp.mean((again - pictures) ** 2) + recipe.vae_kl * jnp.mean(divergence)
+
+    def batch(step):
+        return (pixels(10_000_000 + step * recipe.vae_batch, recipe.vae_batch),)
+
+    tx = optimizer(recipe.vae_learning_rate, recipe.vae_steps)
+    return nnx.merge(graph, fit("vae", loss, params, tx, recipe.vae_steps, batch, workdir, decay=0.998))
+
+
+class Pool(NamedTuple):
+    """Encoded stills: the posterior of each, and which caption it has."""
+
+    mean: Any
+    std: Any
+    caption: Any
+
+
+def encode_pool(recipe: Recipe, vae: VAE, workdir: Path) -> tuple[Pool, float]:
+    """Also gives the scaling factor that makes the latents' variance 1."""
+    file, group = workdir / "pool.npz", 128
+    numbers = {scene.caption: i for i, scene in enumerate(scenes())}
+    encode = jax.jit(lambda vae, x: vae.encode(x))
+    if not file.exists():
+        parts = []
+        with progress_bar(recipe.pictures, "encoding") as bar:
+            for first in range(0, recipe.pictures, group):
+                drawn = [still(first + i) for i in range(group)]
+                pictures = np.stack([picture for *_, picture in drawn]).astype(np.float32) / 127.5 - 1
+                mean, std = encode(vae, pictures)
+                captions = np.array([numbers[scene.caption] for scene, *_ in drawn], np.int32)
+                parts.append(Pool(np.asarray(mean, np.float16), np.asarray(std, np.float16), captions))
+                bar.update(group)
+        save(file, Pool(*(np.concatenate(column) for column in zip(*parts, strict=True))))
+    pool = load(file, Pool(0, 0, 0))
+    return pool, 1 / float(np.std(np.asarray(pool.mean, np.float32)))
+
+
+# --------------------------------------------------------------------------------------------------------- UNet
+
+
+class Denoiser(nnx.Module):
+    """What is learned together."""
+
+    def __init__(self, recipe: Recipe):
+        rngs = nnx.Rngs(recipe.seed + 1)
+        self.unet = UNet(recipe.unet(), rngs=rngs)
+        self.text_encoder = ClipText(recipe.text(), rngs=rngs)
+        # The token embeddings of CLIP are small; Flax would draw them fifty times as large as what is learned on top.
+        for embed in (self.text_encoder.embeddings.token_embedding, self.text_encoder.embeddings.position_embedding):
+            embed.embedding.set_value(0.1 * jax.random.normal(rngs.params(), embed.embedding.shape))
+
+    def __call__(self, x: jax.Array, t: jax.Array, ids: jax.Array) -> jax.Array:
+        return self.unet(x[:, None], t, self.text_encoder(ids))[:, 0]
+
+
+def train_unet(recipe: Recipe, pool: Pool, scale: float, workdir: Path) -> Denoiser:
+    graph, params = nnx.split(Denoiser(recipe))
+    write_tokenizer(workdir / "tokenizer")
+    captions = [*(scene.caption for scene in scenes()), ""]
+    ids = jnp.asarray(tokenize(load_tokenizer(workdir / "tokenizer"), captions, LENGTH))
+    levels = jnp.asarray(Schedule.from_config(SCHEDULER).levels)
+    size = recipe.unet_batch
+
+    def loss(params, key, pool, ids):
+        for_choice, for_latents, for_noise, for_time, for_captions = jax.random.split(key, 5)
+        chosen = jax.random.randint(for_choice, (size,), 0, len(pool.mean))
+        mean, std = (x[chosen].astype(jnp.float32) for x in (pool.mean, pool.std))
+        latents = scale * (mean + std * jax.random.normal(for_latents, mean.shape))
+        noise = jax.random.normal(for_noise, mean.shape)
+        # One timestep from each of `size` equal parts: the batch always sees all amounts of noise.
+        t = jnp.int32((jnp.arange(size) + jax.random.uniform(for_time, (size,))) / size * len(levels))
+        dropped = jax.random.bernoulli(for_captions, recipe.caption_dropout, (size,))
+        text = ids[jnp.where(dropped, len(captions) - 1, pool.caption[chosen])]
+        level = levels[t].reshape(-1, 1, 1, 1)
+        error = nnx.merge(graph, params)(add_noise(latents, noise, level), t, text) - noise
+        # Errors at little noise are large in ε and small in the picture: weigh them less, but not away.
+        weight = (1 + level / (1 - level) / 5) ** -0.5
+        return jnp.mean(weight * error**2)
+
+    tx = optimizer(recipe.unet_learning_rate, recipe.unet_steps)
+    average = fit("unet", loss, params, tx, recipe.unet_steps, lambda _: (pool, ids), workdir, decay=recipe.ema)
+    return nnx.merge(graph, average)
+
+
+# ------------------------------------------------------------------------------------------------------- export
+
+
+def export(recipe: Recipe, vae: VAE, scale: float, denoiser: Denoiser, target: Path) -> None:
+    """Write the pipeline directory, in half precision, as Stable Diffusion's are."""
+    u, v, t = recipe.unet(), recipe.vae(), recipe.text()
+
+    def kinds(way: str, attention: tuple[bool, ...]) -> list[str]:
+        return [f"{'CrossAttn' * has}{way}Block2D" for has in attention]
+
+    configs: dict[str, dict[str, Any]] = {
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": "0.40.0",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "scheduler/scheduler_config.json": SCHEDULER,
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel",
+            "attention_head_dim": list(u.heads),  # the number of heads, as in Stable Diffusion's own configs
+            "block_out_channels": list(u.block_out_channels),
+            "cross_attention_dim": u.cross_attention_dim,
+            "down_block_types": kinds("Down", u.down_attention),
+            "in_channels": u.in_channels,
+            "layers_per_block": u.layers_per_block,
+            "norm_num_groups": u.norm_num_groups,
+            "out_channels": u.out_channels,
+            "sample_size": 16,
+            "up_block_types": kinds("Up", u.up_attention),
+        },
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": list(v.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * len(v.block_out_channels),
+            "latent_channels": v.latent_channels,
+            "layers_per_block": v.layers_per_block,
+            "norm_num_groups": v.norm_num_groups,
+            "sample_size": 64,
+            "scaling_factor": round(scale, 6),
+            "up_block_types": ["UpDecoderBlock2D"] * len(v.block_out_channels),
+        },
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"],
+            "bos_token_id": vocabulary().index(START),
+            "eos_token_id": vocabulary().index(END),
+            "hidden_act": t.hidden_act,
+            "hidden_size": t.hidden_size,
+            "intermediate_size": t.intermediate_size,
+            "max_position_embeddings": t.max_position_embeddings,
+            "model_type": "clip_text_model",
+            "num_attention_heads": t.num_attention_heads,
+            "num_hidden_layers": t.num_hidden_layers,
+            "pad_token_id": vocabulary().index(END),
+            "projection_dim": t.hidden_size,
+            "vocab_size": t.vocab_size,
+        },
+        "recipe.json": asdict(recipe),
+    }
+    shutil.rmtree(target, ignore_errors=True)
+    write_tokenizer(target / "tokenizer")
+    for name, config in configs.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(json.dumps(config, indent=2) + "\n")
+    for part, module in (("unet", denoiser.unet), ("vae", vae), ("text_encoder", denoiser.text_encoder)):
+        tensors = torch_tensors(module, part)
+        halves = {n: x.astype(np.float16) for n, x in tensors.items() if not TEMPORAL.fullmatch(n)}
+        file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        save_file(halves, target / part / file, metadata={"format": "pt"})
+
+
+def arguments(given: list[str] | None = None) -> tuple[Recipe, Path, Path]:
+    parser = argparse.ArgumentParser(prog="python -m tav_jax.sprites.pretrain", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="where the state is kept between starts")
+    parser.add_argument("--out", type=Path, default=HERE, help="where the finished model goes (default: %(default)s)")
+    for name, value in asdict(Recipe()).items():
+        if not isinstance(value, tuple):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="(%(default)s)")
+    chosen = vars(parser.parse_args(given))
+    workdir, out = chosen.pop("workdir"), chosen.pop("out")
+    return Recipe(**chosen), workdir, out
+
+
+def stages(recipe: Recipe, workdir: Path) -> Iterator[tuple[str, Any]]:
+    vae = train_vae(recipe, workdir)
+    yield "vae", vae
+    pool, scale = encode_pool(recipe, vae, workdir)
+    yield "pool", (pool, scale)
+    yield "unet", train_unet(recipe, pool, scale, workdir)
+
+
+def main(given: list[str] | None = None) -> int:
+    recipe, workdir, out = arguments(given)
+    workdir.mkdir(parents=True, exist_ok=True)
+    made = dict(stages(recipe, workdir))
+    export(recipe, made["vae"], made["pool"][1], made["unet"], out)
+    size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    print(f"The model is in {out}: {size / 1e6:.1f} MB of weights.")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except TavError as error:
+        sys.exit(f"error: {error}")
