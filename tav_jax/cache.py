@@ -36,6 +36,6 @@ def _processor() -> str:
 
 def enable() -> None:
     """Keep compiled programs from now on. JAX's own settings, where they are given, stand."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -313,7 +313,7 @@ class TuneAVideo:
         self,
         prompt: str | Sequence[str],
         *,
-        latents: Float[Given, "1 F h w c"] | None = None,
+        latents: Float[Given, "n F h w c"] | None = None,
         steps: int = 50,
         guidance: float = 12.5,
         negative_prompt: str = "",
@@ -326,16 +326,20 @@ class TuneAVideo:
     ) -> Any:
         """Edited clips: one `Edit` for a prompt, a list of them for a list of prompts (sampled as one batch).
 
-        Starts from `latents`, usually the inverted clip, or else from noise drawn from `seed` for `frames` frames of
-        `size` (height, width). With `guidance` at 1 or below only the conditional half is computed.
-        `progress` as for `invert`.
+        Starts from `latents`, usually the inverted clip, for all prompts the same or one for each; or else from noise
+        drawn from `seed` for `frames` frames of `size` (height, width). With `guidance` at 1 or below only the
+        conditional half is computed. `progress` as for `invert`.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
         ladder = self.schedule.sampling(steps)
-        latents = self.noise(seed, frames, size) if latents is None else self._checked_latents(latents)
-        latents = jnp.repeat(latents, len(texts), axis=0)  # [P, F, h, w, 4]
+        if latents is None:
+            latents = self.noise(seed, frames, size)
+        else:
+            latents = self._checked_latents(latents, starts=len(texts))
+        if len(latents) < len(texts):
+            latents = jnp.repeat(latents, len(texts), axis=0)  # [P, F, h, w, 4]
         use_guidance = guidance > 1
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
         with shown(progress, steps, "sampling") as report:
@@ -405,12 +409,16 @@ class TuneAVideo:
         self.check_size(*frames.shape[1:3])
         return frames
 
-    def _checked_latents(self, latents) -> Float[Array, "1 F h w c"]:
+    def _checked_latents(self, latents, *, starts: int = 1) -> Float[Array, "n F h w c"]:
+        """Those of one clip or, where there are several prompts, one start for each of them."""
         latents = jnp.asarray(latents, jnp.float32)
         channels = self.parts.unet.config.in_channels
-        if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != channels or 0 in latents.shape:
+        fits = latents.ndim == 5 and latents.shape[0] in (1, starts) and latents.shape[-1] == channels
+        if not fits or 0 in latents.shape:
+            first = "1" if starts == 1 else f"1 or {starts}"
             raise InputError(
-                f"the latents are {list(latents.shape)}; expected [1, frames, height, width, {channels}], all above 0"
+                f"the latents are {list(latents.shape)}; expected [{first}, frames, height, width, {channels}], all "
+                "above 0"
             )
         return latents
 

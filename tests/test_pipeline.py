@@ -41,6 +41,17 @@ def test_several_prompts_are_one_batch_and_the_same_edits(sd1):
     assert np.abs(together[0].latents - together[1].latents).max() > 1e-3
 
 
+def test_each_prompt_may_have_a_start_of_its_own(sd1):
+    tav = sd1.tav
+    starts = np.concatenate([tav.noise(seed, *size) for seed, size in ((1, (3, (32, 32))), (2, (3, (32, 32))))])
+    together = tav.sample(["blue", "red"], latents=starts, steps=3)
+    for i, text in enumerate(["blue", "red"]):
+        alone = tav.sample(text, latents=starts[i : i + 1], steps=3)
+        np.testing.assert_allclose(together[i].latents, alone.latents, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"latents are \[2, 3, 8, 8, 4\]; expected \[1 or 3, frames"):
+        tav.sample(["blue", "red", "green"], latents=starts, steps=3)
+
+
 def test_other_values_compile_nothing(sd1):
     tav = sd1.tav
     noise = tav.invert(sd1.latents, steps=4)

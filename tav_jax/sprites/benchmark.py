@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from tav_jax import Clip, TuneAVideo, cache
 from tav_jax.progress import progress_bar
 from tav_jax.sprites.demo import reconstruction
 from tav_jax.sprites.edits import FPS, MODEL, Settings, edits_of
-from tav_jax.sprites.judge import judge
-from tav_jax.sprites.world import SpriteClip
+from tav_jax.sprites.judge import judge, look
+from tav_jax.sprites.world import SIDE, Scene, SpriteClip, scenes
 
 FIRST_CLIP = 1000  # the clips that nothing was tried out on begin here
 CLIPS, FEW, SEEDS = 16, 4, 3
+TOGETHER = 32  # stills that are sampled as one batch
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,41 @@ def write(file: Path, told: dict[str, Any]) -> None:
     os.replace(scratch, file)
 
 
+# -------------------------------------------------------------------------------------------- the model by itself
+
+
+def stills(tav: TuneAVideo, chosen: Sequence[Scene], settings: Settings) -> dict[str, float]:
+    """Still pictures of scenes, drawn from noise by the pretrained model: the shares that are right."""
+    right = []
+    for first in range(0, len(chosen), TOGETHER):
+        batch = chosen[first : first + TOGETHER]
+        texts = [scene.caption for scene in batch]
+        size = {"frames": 1, "size": (SIDE, SIDE)}
+        # A start of its own for each prompt: sampled in one batch, they would all begin with the same noise.
+        starts = np.concatenate([tav.noise(first + i, **size) for i in range(len(batch))])
+        drawn = tav.sample(texts, latents=starts, steps=settings.sampling_steps, guidance=settings.guidance)
+        for edit, scene in zip(drawn, batch, strict=True):
+            seen = look(edit.frames[0])
+            fields = ("colour", "shape", "place", "style")
+            right.append([getattr(seen.scene, field) == getattr(scene, field) for field in fields])
+    shares = np.mean(right, axis=0)
+    return dict(zip(("colour", "shape", "place", "style"), map(float, shares), strict=True)) | {
+        "all": float(np.mean(np.all(right, axis=1))),
+        "pictures": len(right),
+    }
+
+
+def composition(settings: Settings, pictures: int = 128) -> dict[str, Any]:
+    """As many pictures of combinations that pretraining has shown, and of combinations that it has not."""
+    tav, rng = TuneAVideo.from_pretrained(MODEL, dtype="float32"), np.random.default_rng(4)
+    told = {}
+    for name, held_out in (("shown", False), ("held_out", True)):
+        candidates = [scene for scene in scenes() if scene.held_out == held_out]
+        chosen = [candidates[i] for i in rng.choice(len(candidates), pictures, replace=False)]
+        told[name] = stills(tav, chosen, settings)
+    return told
+
+
 # --------------------------------------------------------------------------------------------------- the table
 
 
@@ -216,6 +252,8 @@ def main(given: list[str] | None = None) -> int:
     cache.enable()
     rows = tuple(row for row in ROWS if not a.rows or row.name in a.rows)
     missing = [cell for cell in cells(rows, a.clips, a.seeds) if not (a.out / cell.file).exists()]
+    if not (a.out / "stills.json").exists():
+        write(a.out / "stills.json", composition(Settings()))
     with progress_bar(len(missing), "cells") as bar:
         for cell in missing:
             if time.time() - started > 60 * a.minutes:

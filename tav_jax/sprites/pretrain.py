@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEC
 from tav_jax.progress import progress_bar
 from tav_jax.prompts import load_tokenizer, tokenize
 from tav_jax.sprites.words import END, LENGTH, START, vocabulary, write_tokenizer
-from tav_jax.sprites.world import scenes, still
+from tav_jax.sprites.world import OUTLINE, coverage, distance, scenes, still
 from tav_jax.weights import TEMPORAL, torch_tensors
 
 HERE = Path(__file__).parent / "model"
@@ -57,6 +57,8 @@ class Recipe:
     vae_batch: int = 8
     vae_learning_rate: float = 2e-3
     vae_kl: float = 1e-4  # weight of the posterior's divergence, a latent number
+    polish_steps: int = 2000  # in which the object's pixels count more, for its edges
+    polish_weight: float = 6.0
     pictures: int = 32768  # stills that the UNet learns from
     unet_steps: int = 12000
     unet_batch: int = 32
@@ -175,26 +177,40 @@ def fit(
 # -------------------------------------------------------------------------------------------------- autoencoder
 
 
-def pixels(first: int, count: int) -> np.ndarray:
-    """Stills number `first` and on, in [−1, 1]."""
-    return np.stack([still(first + i)[2] for i in range(count)]).astype(np.float32) / 127.5 - 1
+def scaled(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures as the autoencoder sees them, in [−1, 1]."""
+    return np.stack(pictures).astype(np.float32) / 127.5 - 1
 
 
 def train_vae(recipe: Recipe, workdir: Path) -> VAE:
     graph, params = nnx.split(VAE(recipe.vae(), rngs=nnx.Rngs(recipe.seed)))
 
-    def loss(params, key, pictures):
+    def loss(params, key, pictures, weights):
         vae = nnx.merge(graph, params)
         mean, std = vae.encode(pictures)
         again = vae.decode(mean + std * jax.random.normal(key, mean.shape))
         divergence = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
-        return jnp.mean((again - pictures) ** 2) + recipe.vae_kl * jnp.mean(divergence)
+        return jnp.mean(weights * (again - pictures) ** 2) + recipe.vae_kl * jnp.mean(divergence)
 
-    def batch(step):
-        return (pixels(10_000_000 + step * recipe.vae_batch, recipe.vae_batch),)
+    def drawn(first: int, object_weight: float):
+        """The batches: pictures, and how much each of their pixels counts."""
 
-    tx = optimizer(recipe.vae_learning_rate, recipe.vae_steps)
-    return nnx.merge(graph, fit("vae", loss, params, tx, recipe.vae_steps, batch, workdir, decay=0.998))
+        def batch(step):
+            start = first + step * recipe.vae_batch
+            scenes, poses, pictures = zip(*(still(start + i) for i in range(recipe.vae_batch)), strict=True)
+            edges = np.stack([distance(scene.shape, pose) for scene, pose in zip(scenes, poses, strict=True)])
+            weights = 1 + (object_weight - 1) * coverage(edges - OUTLINE - 1)
+            return scaled(pictures), weights[..., None].astype(np.float32)
+
+        return batch
+
+    for name, steps, rate, first, weight in (
+        ("vae", recipe.vae_steps, recipe.vae_learning_rate, 10_000_000, 1.0),
+        ("polish", recipe.polish_steps, recipe.vae_learning_rate / 2, 20_000_000, recipe.polish_weight),
+    ):
+        tx = optimizer(rate, steps)
+        params = fit(name, loss, params, tx, steps, drawn(first, weight), workdir, decay=0.998)
+    return nnx.merge(graph, params)
 
 
 class Pool(NamedTuple):
@@ -215,8 +231,7 @@ def encode_pool(recipe: Recipe, vae: VAE, workdir: Path) -> tuple[Pool, float]:
         with progress_bar(recipe.pictures, "encoding") as bar:
             for first in range(0, recipe.pictures, group):
                 drawn = [still(first + i) for i in range(group)]
-                pictures = np.stack([picture for *_, picture in drawn]).astype(np.float32) / 127.5 - 1
-                mean, std = encode(vae, pictures)
+                mean, std = encode(vae, scaled([picture for *_, picture in drawn]))
                 captions = np.array([numbers[scene.caption] for scene, *_ in drawn], np.int32)
                 parts.append(Pool(np.asarray(mean, np.float16), np.asarray(std, np.float16), captions))
                 bar.update(group)

@@ -117,7 +117,7 @@ def _paths(story: "Story", marks: list[str]) -> str:
 
 
 def _losses(losses: Float[np.ndarray, "N"]) -> str:
-    wide, high, left, top, bottom = 420, 280, 40, 10, 26
+    wide, high, left, top, bottom = 420, 400, 40, 10, 26
     window = min(WINDOW, len(losses))
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     roof = max(float(losses.max()), 1e-6)

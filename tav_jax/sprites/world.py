@@ -262,7 +262,7 @@ def _path(motion: str, rng: np.random.Generator, frames: int):
     if motion == "arc":
         return t, 1 - np.sin(np.pi * t), one, flat
     if motion == "bounce":
-        return t, 1 - np.abs(np.cos(2 * np.pi * t)), one, flat
+        return t, 1 - np.abs(np.sin(2 * np.pi * t)), one, flat
     if motion == "spiral":
         turn, reach = 2 * np.pi * t + rng.uniform(0, 2 * np.pi), 0.5 - 0.3 * t
         return 0.5 + reach * np.cos(turn), 0.5 + reach * np.sin(turn), one, flat
@@ -291,7 +291,8 @@ class SpriteClip:
         scene = scene or replace(Scene.draw(rng), style="plain")
         radius = rng.uniform(10, 12)
         u, v, factor, turn = _path(motion, rng, frames)
-        u, v = (1 - c if rng.random() < 0.5 else c for c in (u, v))
+        u = 1 - u if rng.random() < 0.5 else u
+        v = 1 - v if rng.random() < 0.5 and motion not in ("arc", "bounce") else v  # things fall downwards
         size = radius * factor
         low, high = size.max() + MARGIN, SIDE - size.max() - MARGIN
         start = rng.uniform(0, 2 * np.pi)
