@@ -61,7 +61,7 @@ class Recipe:
     polish_weight: float = 6.0
     pictures: int = 32768  # stills that the UNet learns from
     unet_steps: int = 12000
-    unet_batch: int = 32
+    unet_batch: int = 16
     unet_learning_rate: float = 1e-3
     caption_dropout: float = 0.1  # for guidance
     ema: float = 0.9995
