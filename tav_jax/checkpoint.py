@@ -32,8 +32,9 @@ def _fill(state: nnx.State, values: dict[str, jax.Array]) -> None:
 
 
 def _unpinned(x: jax.Array) -> jax.Array:
-    """Orbax ties what it restores to a device; a program that met the same shapes untied would be compiled again."""
-    return jnp.asarray(jax.device_get(x))
+    """Orbax ties what it restores to a device; a program that met the same shapes untied would be compiled again. What
+    lies on a mesh stays where it is."""
+    return x if len(x.sharding.device_set) > 1 else jnp.asarray(jax.device_get(x))
 
 
 class Checkpoints:

@@ -59,7 +59,11 @@ def get_config() -> ConfigDict:
                 "profile_step": 0,  # the first step of a profiler window; 0: none
                 "profile_steps": 3,
             },
-            "mesh": {"data": 1, "frames": 1},
+            "mesh": {
+                "data": 0,  # devices for prompts and the halves of guidance; 0: what fits
+                "frames": 0,  # devices for the clip's frames; 0: what fits
+                "fsdp": False,  # keep what is trained, and its moments, in parts over all devices
+            },
             "seed": 33,
         }
     )
@@ -90,8 +94,8 @@ RANGES = {
     "edit.guidance": (0.0, 1000.0),
     "log.profile_step": (0, 10_000_000),
     "log.profile_steps": (1, 1000),
-    "mesh.data": (1, 1),
-    "mesh.frames": (1, 1),
+    "mesh.data": (0, 65536),
+    "mesh.frames": (0, 65536),
     "seed": (0, 2**32 - 1),
 }
 
@@ -160,8 +164,7 @@ def _problems(name: str, value: Any) -> Iterator[str]:
     if name in RANGES:
         least, most = RANGES[name]
         if not least <= value <= most:
-            why = " (this version runs on one device)" if name.startswith("mesh.") else ""
-            yield f"{name} is {value!r}; it must be {least} to {most}{why}"
+            yield f"{name} is {value!r}; it must be {least} to {most}"
     if name == "train.max_grad_norm" and not value > 0:
         yield f"{name} is {value!r}; it must be above 0"
     if name == "train.trainable" and not set(value) - {"down", "mid", "up"}:

@@ -9,7 +9,7 @@ tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).sa
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import programs, prompts, training, weights
+from tav_jax import programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
@@ -58,8 +59,11 @@ class Edit:
 class TuneAVideo:
     """One pretrained Stable Diffusion, inflated to video, and everything that can be done with it."""
 
-    def __init__(self, parts: weights.Pipeline, dtype):
+    def __init__(self, parts: weights.Pipeline, dtype, mesh: Mesh | None = None):
         self.parts = parts
+        self.mesh = mesh
+        for module in (parts.unet, parts.vae, parts.text_encoder):
+            nnx.update(module, sharding.place(nnx.state(module), mesh))
         self.dtype = jnp.dtype(dtype)
         self.schedule = Schedule.from_config(parts.layout.configs["scheduler"])
         self.source: Clip | None = None  # the clip last tuned on or inverted: edits play at its speed, with its sound
@@ -70,6 +74,8 @@ class TuneAVideo:
         source: str | Path,
         *,
         dtype: str = "bfloat16",
+        mesh: tuple[int, int] | None = None,
+        frames: int = sharding.USUAL_FRAMES,
         seed: int = 0,
         spatial_attention: str = "sparse-causal",
         temporal_attention: bool = True,
@@ -79,23 +85,35 @@ class TuneAVideo:
 
         A 2D UNet is inflated, its new temporal layers drawn from `seed`; one that was tuned already, by this or the
         official code, is taken as it is. `dtype` is that of the frozen weights and of the arithmetic; weights that can
-        be tuned, those of `trainable`, stay in float32.
+        be tuned, those of `trainable`, stay in float32. `mesh` is (data, frames), on the first devices; by default all
+        devices are used, shared out as suits a clip of `frames` frames.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         kinds = ("sparse-causal", "first-frame", "per-frame")
         if spatial_attention not in kinds:
             raise InputError(f"spatial_attention is {spatial_attention!r}; it must be one of {', '.join(kinds)}")
+        try:
+            devices = sharding.make(mesh, frames=frames)
+        except sharding.TooFewDevicesError as error:
+            raise InputError(f"{error}; the product of mesh=(data, frames) may be {jax.device_count()}") from error
         layout = Layout.open(source, spatial_attention=spatial_attention, temporal_attention=bool(temporal_attention))
         Schedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
         parts = weights.Pipeline.load(layout, DTYPES[dtype], exact=training.subset(trainable), seed=seed)
-        return cls(parts, DTYPES[dtype])
+        return cls(parts, DTYPES[dtype], devices)
 
     @classmethod
     def from_config(cls, config: Any) -> "TuneAVideo":
         """As a run's config says."""
         options = {k: config.model[k] for k in ("dtype", "spatial_attention", "temporal_attention")}
-        return cls.from_pretrained(config.model.path, seed=config.seed, trainable=config.train.trainable, **options)
+        return cls.from_pretrained(
+            config.model.path,
+            mesh=(config.mesh.data, config.mesh.frames),
+            frames=config.clip.frames or sharding.USUAL_FRAMES,
+            seed=config.seed,
+            trainable=config.train.trainable,
+            **options,
+        )
 
     @classmethod
     def restore(cls, workdir: str | Path, *, step: int | None = None) -> "TuneAVideo":
@@ -126,7 +144,7 @@ class TuneAVideo:
     def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
         """Text states, one row a prompt."""
         ids = self.tokenize([texts] if isinstance(texts, str) else texts)
-        with self._exact():
+        with self._running():
             return programs.encode_text(self.parts.text_encoder, jnp.asarray(ids))
 
     def encode_video(self, frames: Frames) -> Float[Array, "1 F h w c"]:
@@ -136,24 +154,25 @@ class TuneAVideo:
     def posterior(self, frames: Frames) -> tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]]:
         """Mean and standard deviation of the scaled latents: computed once, sampled from at each training step."""
         frames = self._checked(frames)
-        with self._exact():
+        with self._running():
             mean, std = programs.encode_frames(
-                self.parts.vae, jnp.asarray(frames), group=self._group(frames.shape[1:3])
+                self.parts.vae, jnp.asarray(frames), group=self._group(len(frames), frames.shape[1:3])
             )
         return mean[None], std[None]  # [1, F, h, w, 4]
 
     def decode_video(self, latents: Float[Given, "n F h w c"]) -> Float[Array, "n F H W 3"]:
         """Pictures in [0, 1] from scaled latents."""
         factor = self.parts.vae.config.downsampling
-        group = self._group((latents.shape[2] * factor, latents.shape[3] * factor))
-        with self._exact():
+        size = (latents.shape[2] * factor, latents.shape[3] * factor)
+        group = self._group(latents.shape[0] * latents.shape[1], size)
+        with self._running():
             return programs.decode_frames(self.parts.vae, jnp.asarray(latents, jnp.float32), group=group)
 
     def unet(
         self, latents: Float[Given, "B F h w c"], timesteps: Int[Given, "B"], text: Float[Given, "B L e"]
     ) -> Float[Array, "B F h w c"]:
         """One call of the video UNet."""
-        with self._exact():
+        with self._running():
             return programs.call_unet(
                 self.parts.unet, jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps), jnp.asarray(text)
             )
@@ -171,8 +190,10 @@ class TuneAVideo:
         seed: int = 33,
         trainable: Sequence[str] = training.TRAINABLE,
         remat: bool = True,
+        fsdp: bool = False,
     ) -> tuple[training.Learner, Advance]:
-        """What `training.loop` needs: a fresh learner, and the function that takes it one step on."""
+        """What `training.loop` needs: a fresh learner, and the function that takes it one step on. With `fsdp` what is
+        learned, and its moments, are kept in parts over all devices."""
         key = jax.random.key(seed)
         mean, std = posterior
 
@@ -180,19 +201,24 @@ class TuneAVideo:
             return training.tune_step(graph, learner, frozen, key, jnp.int32(step), mean, std, *rest, **options)
 
         return self._lesson(
-            example_and_step, text, (learning_rate, weight_decay, max_grad_norm), trainable=trainable, remat=remat
+            example_and_step,
+            text,
+            (learning_rate, weight_decay, max_grad_norm),
+            trainable=trainable,
+            remat=remat,
+            fsdp=fsdp,
         )
 
-    def _lesson(self, take_step, text, hyper, *, trainable: Sequence[str], remat: bool):
+    def _lesson(self, take_step, text, hyper, *, trainable: Sequence[str], remat: bool, fsdp: bool = False):
         graph, trained, frozen = nnx.split(self.parts.unet, training.subset(trainable), ...)
         rest = (text, jnp.asarray(self.schedule.levels), training.Hyper(*(jnp.float32(x) for x in hyper)))
-        options = {"prediction": self.schedule.prediction, "remat": remat}
+        options = {"prediction": self.schedule.prediction, "remat": remat, "fsdp": fsdp}
 
         def advance(learner: training.Learner, step: int):
-            with self._exact():
+            with self._running():
                 return take_step(graph, learner, frozen, step, rest, options)
 
-        return training.Learner.create(trained), advance
+        return sharding.place(training.Learner.create(trained), self.mesh, spread=fsdp), advance
 
     def adopt(self, learner: training.Learner) -> None:
         """Use what has been learned, for sampling and saving. Good until the learner's next step takes its buffers."""
@@ -364,7 +390,7 @@ class TuneAVideo:
         """In one program; where somebody wants to see it go on, in several runs of a shorter one."""
         done, paths = 0, []
         for piece in [ladder] if progress is None else programs.in_pieces(ladder):
-            with self._exact():
+            with self._running():
                 latents, path = programs.walk_latents(
                     self.parts.unet,
                     latents,
@@ -383,12 +409,19 @@ class TuneAVideo:
 
     # ------------------------------------------------------------------------------------------------ checks
 
-    def _exact(self):
-        """Full float32 products where float32 was asked for: accelerators take fewer bits unless told."""
-        return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """What programs run under: the mesh, and full float32 products where float32 was asked for (accelerators take
+        fewer bits unless told)."""
+        exact = jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
+        with exact, sharding.on(self.mesh):
+            yield
 
-    def _group(self, size: tuple[int, int]) -> int:
-        return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+    def _group(self, frames: int, size: tuple[int, int]) -> int:
+        """How many frames the VAE takes at once."""
+        devices = self.mesh.size if self.mesh else 1
+        each = min(-(-frames // devices), max(1, PIXELS_AT_ONCE // (size[0] * size[1])))
+        return each * devices
 
     def check_size(self, height: int, width: int) -> None:
         factor = self.parts.vae.config.downsampling

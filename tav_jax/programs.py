@@ -4,7 +4,7 @@ Modules are pytrees, so a network goes in as an argument and its weights are nev
 from call to call (text, guidance, tables, timesteps) is an array.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from tav_jax.diffusion import Ladder, guided, walk
 from tav_jax.models import VAE, ClipText, UNet
+from tav_jax.sharding import CLIP, EVERYWHERE, ROWS, pin
 
 
 @jax.jit
@@ -24,11 +25,10 @@ def encode_text(text_encoder: ClipText, ids: Any) -> jax.Array:
 def encode_frames(vae: VAE, frames: Any, *, group: int) -> tuple[jax.Array, jax.Array]:
     """uint8 [F, H, W, 3] → mean and standard deviation of the scaled latents [F, h, w, 4], `group` frames at a time."""
 
-    def one(frame):
-        posterior = vae.encode((frame.astype(jnp.float32) / 127.5 - 1)[None])
-        return posterior.mean[0], posterior.std[0]
+    def encode(some):
+        return tuple(vae.encode(some.astype(jnp.float32) / 127.5 - 1))
 
-    mean, std = jax.lax.map(one, frames, batch_size=group)
+    mean, std = _in_groups(encode, frames, group)
     return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
@@ -36,17 +36,26 @@ def encode_frames(vae: VAE, frames: Any, *, group: int) -> tuple[jax.Array, jax.
 def decode_frames(vae: VAE, latents: Any, *, group: int) -> jax.Array:
     """Scaled latents [n, F, h, w, 4] → pictures in [0, 1], [n, F, H, W, 3], `group` frames at a time."""
 
-    def one(frame):
-        return vae.decode(frame[None] / vae.config.scaling_factor)[0].astype(jnp.float32)
+    def decode(some):
+        return vae.decode(some / vae.config.scaling_factor).astype(jnp.float32)
 
     n, f, *_ = latents.shape
-    pictures = jax.lax.map(one, latents.reshape(n * f, *latents.shape[2:]), batch_size=group)  # [n·F, H, W, 3]
+    pictures = _in_groups(decode, latents.reshape(n * f, *latents.shape[2:]), group)  # [n·F, H, W, 3]
     return jnp.clip(pictures / 2 + 0.5, 0, 1).reshape(n, f, *pictures.shape[1:])
+
+
+def _in_groups(function: Callable[[jax.Array], Any], x: jax.Array, group: int) -> Any:
+    """`function` of `group` rows at a time; over a mesh each group is shared out. The last one is filled up."""
+    count = -(-len(x) // group)
+    filled = jnp.pad(x, ((0, count * group - len(x)), *((0, 0),) * (x.ndim - 1)), mode="edge")
+    groups = filled.reshape(count, group, *x.shape[1:])
+    out = jax.lax.map(lambda some: function(pin(some, ROWS)), groups)
+    return jax.tree.map(lambda y: pin(y.reshape(count * group, *y.shape[2:])[: len(x)], EVERYWHERE), out)
 
 
 @jax.jit
 def call_unet(unet: UNet, latents: Any, timesteps: Any, text: Any) -> jax.Array:
-    return unet(latents, timesteps, text).astype(jnp.float32)
+    return pin(unet(latents, timesteps, text).astype(jnp.float32), EVERYWHERE)
 
 
 @jax.jit(static_argnames=("prediction", "use_guidance", "trajectory"))
@@ -56,10 +65,11 @@ def walk_latents(
     """Inversion or sampling. With guidance, `text` is [unconditional; conditional], twice the batch of the latents."""
 
     def denoise(x, t):
-        return unet(x, jnp.broadcast_to(t, x.shape[:1]), text).astype(jnp.float32)
+        return unet(pin(x, CLIP), jnp.broadcast_to(t, x.shape[:1]), text).astype(jnp.float32)
 
     denoiser = guided(denoise, guidance) if use_guidance else denoise
-    return walk(denoiser, latents, ladder, prediction, trajectory=trajectory)
+    last, path = walk(denoiser, latents, ladder, prediction, trajectory=trajectory)
+    return pin(last, EVERYWHERE), path
 
 
 def in_pieces(ladder: Ladder, longest: int = 5) -> Iterator[Ladder]:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from tav_jax import config as configs
-from tav_jax import memory, metrics, prompts, training
+from tav_jax import memory, metrics, prompts, sharding, training
 from tav_jax.checkpoint import Checkpoints
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.pipeline import TuneAVideo
@@ -88,7 +88,7 @@ class Run:
         self.check_base(tav, about)
         _, trained, _ = nnx.split(tav.parts.unet, training.subset(self.config.train.trainable), ...)
         self.checkpoints.weights(trained, step)
-        nnx.update(tav.parts.unet, trained)
+        nnx.update(tav.parts.unet, sharding.place(trained, tav.mesh))
         return tav
 
     def check_base(self, tav: TuneAVideo, about: dict[str, Any]) -> None:
@@ -122,6 +122,7 @@ class Run:
             seed=c.seed,
             trainable=c.train.trainable,
             remat=c.train.remat,
+            fsdp=c.mesh.fsdp,
         )
         say(self.outlook(tav, clip, learner, first))
         if first:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from tav_jax.diffusion.schedule import Prediction, add_noise, target
 from tav_jax.errors import InputError
 from tav_jax.models.unet import UNet
+from tav_jax.sharding import pin_parts
 
 TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
 PLACES = ("down", "mid", "up")
@@ -133,8 +134,12 @@ def train_step(
     *,
     prediction: Prediction,
     remat: bool = True,
+    fsdp: bool = False,
 ) -> tuple[Learner, Report]:
-    """Gradient, clipping by the global norm, AdamW. Pure; jit it with `graph`, `prediction` and `remat` static."""
+    """Gradient, clipping by the global norm, AdamW. Pure; jit it with `graph` and what follows `hyper` static.
+
+    With `fsdp` the learner's arrays lie in parts over the mesh's devices, and stay so.
+    """
 
     def loss(trained):
         unet = nnx.merge(graph, trained, frozen)
@@ -143,20 +148,22 @@ def train_step(
     value, grads = jax.value_and_grad(loss)(learner.trained)
     grads, norm = clip_by_norm(grads, hyper.max_grad_norm)
     updates, moments = optimizer(hyper).update(grads, learner.moments, learner.trained)
-    trained = jax.tree.map(jnp.add, learner.trained, updates)
-    return Learner(trained, moments), Report(value, norm)
+    after = Learner(jax.tree.map(jnp.add, learner.trained, updates), moments)
+    return pin_parts(after) if fsdp else after, Report(value, norm)
 
 
-replay_step = jax.jit(train_step, static_argnames=("graph", "prediction", "remat"), donate_argnames=("learner",))
+STATIC = ("graph", "prediction", "remat", "fsdp")
+replay_step = jax.jit(train_step, static_argnames=STATIC, donate_argnames=("learner",))
 
 
-@jax.jit(static_argnames=("graph", "prediction", "remat"), donate_argnames=("learner",))
+@jax.jit(static_argnames=STATIC, donate_argnames=("learner",))
 def tune_step(
-    graph, learner, frozen, key, step, mean, std, text, levels, hyper, *, prediction, remat=True
+    graph, learner, frozen, key, step, mean, std, text, levels, hyper, *, prediction, remat=True, fsdp=False
 ) -> tuple[Learner, Report]:
     """Step number `step` of a run: its randomness depends on the key and the number alone, so a run can be resumed."""
     example = draw(jax.random.fold_in(key, step), mean, std, levels.shape[0])
-    return train_step(graph, learner, frozen, example, text, levels, hyper, prediction=prediction, remat=remat)
+    options = {"prediction": prediction, "remat": remat, "fsdp": fsdp}
+    return train_step(graph, learner, frozen, example, text, levels, hyper, **options)
 
 
 class Progress(NamedTuple):

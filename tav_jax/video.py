@@ -6,6 +6,7 @@ picture each; `start` and `stride` count slots.
 
 import errno
 import os
+import tempfile
 import uuid
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -65,6 +66,27 @@ class Clip:
         return path
 
 
+def _fetched(url: str, folder: Path) -> Path:
+    """A clip in a bucket, or a folder of pictures there, as one on this machine."""
+    from etils import epath  # heavy, and needed only here
+
+    try:
+        source = epath.Path(url)
+        target = folder / source.name
+        if source.is_dir():
+            target.mkdir()
+            for file in source.iterdir():
+                if not file.is_dir():
+                    file.copy(target / file.name)
+            return target
+        if source.exists():
+            source.copy(target)
+            return target
+    except Exception as error:  # each kind of bucket fails in its own ways: no client, no permission, no network
+        raise MissingError(f"{url} cannot be read from here ({error}); `tav doctor` says what buckets need") from error
+    raise MissingError(f"{url} does not exist; give a video file or a folder of pictures")
+
+
 def load_video(
     path: str | Path,
     *,
@@ -80,10 +102,14 @@ def load_video(
     `frames=None` takes all that fit. `size` is (height, width); by default the source's own, cropped to multiples of 8.
     `fit="crop"` keeps the proportions and cuts evenly from two sides; `"stretch"` distorts, as the official code does.
     `fps` overrides the source's rate, for a folder of pictures above all; a video at another speed loses its sound.
-    Of a damaged file, what lies before the damage can be had by its number of `frames`.
+    Of a damaged file, what lies before the damage can be had by its number of `frames`. The path may be in a bucket.
     """
-    path = Path(path).expanduser()
     _check_request(frames, size, start, stride, fit, fps)
+    if "://" in str(path):
+        with tempfile.TemporaryDirectory(prefix="tav_jax_clip_") as scratch:
+            local = _fetched(str(path), Path(scratch))
+            return load_video(local, frames=frames, size=size, start=start, stride=stride, fit=fit, fps=fps)
+    path = Path(path).expanduser()
     if not os.path.exists(path):
         raise MissingError(f"{path} does not exist; give a video file or a folder of pictures")
     if not os.access(path, os.R_OK):

@@ -27,7 +27,7 @@ def test_the_default_is_the_papers():
     assert (c.train.steps, c.train.learning_rate, c.train.max_grad_norm, c.train.weight_decay) == (500, 3e-5, 1.0, 1e-2)
     assert (c.edit.steps, c.edit.inversion_steps, c.edit.guidance) == (50, 50, 12.5)
     assert c.train.trainable == ("attn1.to_q", "attn2.to_q", "attn_temp")
-    assert (c.mesh.data, c.mesh.frames) == (1, 1)
+    assert (c.mesh.data, c.mesh.frames) == (0, 0)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -81,7 +81,7 @@ def test_overrides_reach_the_config_in_its_types():
         (["--config.train.steps=many"], "train.steps=many"),
         (["--config.edit.steps=1000"], "edit.steps is 1000; it must be 1 to 999"),
         (["--config.clip.height=502"], "clip.height 502 is not a multiple of 8 from 8 to 8192; use 496 or 504"),
-        (["--config.mesh.frames=8"], "mesh.frames is 8; it must be 1 to 1"),
+        (["--config.mesh.frames=-1"], "mesh.frames is -1; it must be 0 to 65536"),
         (["--config.model.dtype=int4"], "model.dtype is 'int4'; it must be one of bfloat16, float16, float32"),
         (["--verbose"], "'--verbose' is not an option of `tav train`"),
         (["--config.train.trainable=('down',)"], "must name at least one kind of layer"),

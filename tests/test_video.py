@@ -1015,3 +1015,33 @@ def test_only_the_beginning_is_read(tmp_path, sound):
     assert read() - before < path.stat().st_size / (20 if sound == "whole" else 4)
     assert clip.frames.shape == (5, 128, 128, 3)
     assert clip.audio.samples.shape == (1, 24000)
+
+
+# ------------------------------------------------------------------------------------------------------------ buckets
+
+
+def test_a_clip_or_a_folder_of_pictures_may_lie_in_a_bucket(tmp_path, monkeypatch):
+    from etils import epath
+
+    frames = np.stack([numbered(i) for i in range(4)])
+    Clip(frames, 8.0).save(tmp_path / "clip.mp4")
+    (tmp_path / "pictures").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "pictures" / f"{i}.png")
+    here = epath.Path(tmp_path)
+    monkeypatch.setattr(epath, "Path", lambda url: here / str(url).removeprefix("gs://bucket/"))
+    assert numbers(load_video("gs://bucket/clip.mp4", stride=2).frames) == [0, 2]
+    assert numbers(load_video("gs://bucket/pictures").frames) == [0, 1, 2, 3]
+    with pytest.raises(MissingError, match=r"gs://bucket/other.mp4 does not exist"):
+        load_video("gs://bucket/other.mp4")
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    from etils import epath
+
+    def unreachable(url):
+        raise PermissionError("403 no")
+
+    monkeypatch.setattr(epath, "Path", unreachable)
+    with pytest.raises(MissingError, match=r"gs://bucket/clip.mp4 cannot be read from here \(403 no\)"):
+        load_video("gs://bucket/clip.mp4")

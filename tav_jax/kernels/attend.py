@@ -6,7 +6,7 @@ Shapes: q `[..., T, N, D]`, k and v `[..., S, N, D]`; T queries, S keys, N heads
 import math
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # The scores of many frames at once would be the peak of the whole network (2 GB a frame at 512²), so they are made a
 # few frames at a time, and made again for the backward pass.
@@ -19,9 +19,13 @@ def frames_at_once(queries: int, keys: int, heads: int) -> int:
 
 
 def attend(
-    q: Float[Array, "*batch T N D"], k: Float[Array, "*batch S N D"], v: Float[Array, "*batch S N D"]
+    q: Float[Array, "*batch T N D"],
+    k: Float[Array, "*batch S N D"],
+    v: Float[Array, "*batch S N D"],
+    *,
+    seen: Bool[Array, "S"] | None = None,
 ) -> Float[Array, "*batch T N D"]:
-    """Full attention over the last token axis; every leading axis is a batch.
+    """Full attention over the keys (over those that are `seen`, if given); every leading axis is a batch.
 
     Scores and softmax are in float32 whatever the input's type, which also is what a Stable Diffusion 2.1 config
     asks for with `upcast_attention`.
@@ -29,10 +33,11 @@ def attend(
     batch = q.shape[:-3]
     flat = math.prod(batch)
     q, k, v = (x.reshape(flat, *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
+    mask = None if seen is None else seen[None, None, None]  # [1, 1, 1, S]
     group = frames_at_once(q.shape[1], k.shape[1], q.shape[2])
     if group >= flat:
-        out = jax.nn.dot_product_attention(q, k, v)  # [n, T, N, D]
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [n, T, N, D]
     else:
-        one = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv))
+        one = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv, mask=mask))
         out = jax.lax.map(one, (q, k, v), batch_size=group)
     return out.reshape(*batch, *out.shape[-3:])

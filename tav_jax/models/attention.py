@@ -8,10 +8,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tav_jax.kernels import attend
 from tav_jax.models.resnet import group_norm
+from tav_jax.sharding import CLIP, pin
 
 SpatialAttention = Literal["sparse-causal", "first-frame", "per-frame"]
 
@@ -67,10 +68,13 @@ class Attention(nnx.Module):
         q, k, v = self.project(x.reshape(b, f * t, c), text)  # [B, F·T, N, D], [B, L, N, D]
         return self.join(attend(q, k, v)).reshape(b, f, t, c)
 
-    def temporal(self, x: Float[Array, "B F T c"]) -> Float[Array, "B F T c"]:
-        """Each position looks at itself in all frames: not causal, no position encoding."""
-        x = jnp.swapaxes(x, 1, 2)  # [B, T, F, C]
-        return jnp.swapaxes(self.join(attend(*self.project(x, x))), 1, 2)  # [B, F, T, C]
+    def temporal(self, x: Float[Array, "B F T c"], real: Bool[Array, "F"] | None = None) -> Float[Array, "B F T c"]:
+        """Each position looks at itself in all (real) frames: not causal, no position encoding."""
+        # Over a mesh every device takes some positions in all frames, and gives them back: two all-to-alls, where the
+        # compiler by itself would gather the whole clip on every device.
+        x = pin(jnp.swapaxes(x, 1, 2), CLIP)  # [B, T, F, C]
+        x = pin(self.join(attend(*self.project(x, x), seen=real)), CLIP)
+        return pin(jnp.swapaxes(x, 1, 2), CLIP)  # [B, F, T, C]
 
 
 class FeedForward(nnx.Module):
@@ -102,12 +106,14 @@ class TransformerBlock(nnx.Module):
         # With a zero output, bias included, one frame through the inflated network is the 2D network exactly.
         self.attn_temp = Attention(dim, dim, heads, zero_out=True, **kw)
 
-    def __call__(self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"]) -> Float[Array, "B F T c"]:
+    def __call__(
+        self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"], real: Bool[Array, "F"] | None = None
+    ) -> Float[Array, "B F T c"]:
         x = x + self.attn1.spatial(self.norm1(x), self.sees)
         x = x + self.attn2.cross(self.norm2(x), text)
         x = x + self.ff(self.norm3(x))
         if self.temporal:
-            x = x + self.attn_temp.temporal(self.norm_temp(x))
+            x = x + self.attn_temp.temporal(self.norm_temp(x), real)
         return x
 
 
@@ -139,10 +145,12 @@ class Transformer(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, x: Float[Array, "B F H W c"], text: Float[Array, "B L e"]) -> Float[Array, "B F H W c"]:
+    def __call__(
+        self, x: Float[Array, "B F H W c"], text: Float[Array, "B L e"], real: Bool[Array, "F"] | None = None
+    ) -> Float[Array, "B F H W c"]:
         b, f, h, w, c = x.shape
         tokens = self.norm(x.reshape(b * f, h, w, c))  # [B·F, H, W, C]: statistics of each frame alone
         tokens = self.proj_in(tokens).reshape(b, f, h * w, c)  # [B, F, T, C]
         for block in self.transformer_blocks:
-            tokens = block(tokens, text)
+            tokens = block(tokens, text, real)
         return x + self.proj_out(tokens.reshape(b * f, h, w, c)).reshape(b, f, h, w, c)

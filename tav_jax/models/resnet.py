@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # How many pixels go around a picture: a number for all sides, or (before, after) for each axis.
 Padding = int | Sequence[tuple[int, int]]
@@ -29,6 +29,11 @@ def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs) -> nn
     return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
+def frame_mask(real: Bool[Array, "F"] | None, x: Float[Array, "*b h w c"]) -> Bool[Array, "*b h w c"] | None:
+    """For group norms: only what belongs to real frames counts."""
+    return None if real is None else jnp.broadcast_to(real[:, None, None, None], x.shape)
+
+
 class ResnetBlock(nnx.Module):
     """norm → silu → conv, the time's embedding added, norm → silu → conv, and the shortcut."""
 
@@ -44,13 +49,16 @@ class ResnetBlock(nnx.Module):
             self.conv_shortcut = conv(cin, cout, 1, **kw)
 
     def __call__(
-        self, x: Float[Array, "B *rest cin"], time: Float[Array, "B time_dim"] | None = None
+        self,
+        x: Float[Array, "B *rest cin"],
+        time: Float[Array, "B time_dim"] | None = None,
+        real: Bool[Array, "F"] | None = None,
     ) -> Float[Array, "B *rest cout"]:
-        h = self.conv1(nnx.silu(self.norm1(x)))  # [B, ..., H, W, cout]
+        h = self.conv1(nnx.silu(self.norm1(x, mask=frame_mask(real, x))))  # [B, ..., H, W, cout]
         if time is not None:
             t = self.time_emb_proj(nnx.silu(time))  # [B, cout]
             h = h + t.reshape(t.shape[0], *(1,) * (h.ndim - 2), t.shape[-1])
-        h = self.conv2(nnx.silu(self.norm2(h)))
+        h = self.conv2(nnx.silu(self.norm2(h, mask=frame_mask(real, h))))
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x)
         return x + h

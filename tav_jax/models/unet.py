@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from tav_jax.models.attention import SpatialAttention, Transformer
-from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, call, conv, group_norm, rematerialise
+from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, call, conv, frame_mask, group_norm, rematerialise
+from tav_jax.sharding import cut_back, fill_up
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ class DownBlock(nnx.Module):
         self.attentions = nnx.List([parts.transformer(cout, heads) for _ in range(layers)] if heads else [])
         self.downsamplers = nnx.List([] if last else [Downsample(cout, **parts.kw)])
 
-    def __call__(self, x, time, text, run):
+    def __call__(self, x, time, text, real, run):
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = run(resnet, x, time)
+            x = run(resnet, x, time, real)
             if self.attentions:
-                x = run(self.attentions[i], x, text)
+                x = run(self.attentions[i], x, text, real)
             skips.append(x)
         for down in self.downsamplers:
             x = down(x)  # [B, F, H/2, W/2, C]
@@ -111,10 +112,10 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([parts.resnet(dim, dim) for _ in range(2)])
         self.attentions = nnx.List([parts.transformer(dim, heads)])
 
-    def __call__(self, x, time, text, run):
-        x = run(self.resnets[0], x, time)
-        x = run(self.attentions[0], x, text)
-        return run(self.resnets[1], x, time)
+    def __call__(self, x, time, text, real, run):
+        x = run(self.resnets[0], x, time, real)
+        x = run(self.attentions[0], x, text, real)
+        return run(self.resnets[1], x, time, real)
 
 
 class UpBlock(nnx.Module):
@@ -127,12 +128,12 @@ class UpBlock(nnx.Module):
         self.attentions = nnx.List([parts.transformer(cout, heads) for _ in skip_dims] if heads else [])
         self.upsamplers = nnx.List([] if last else [Upsample(cout, **parts.kw)])
 
-    def __call__(self, x, time, text, skips, run):
+    def __call__(self, x, time, text, real, skips, run):
         for i, resnet in enumerate(self.resnets):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = run(resnet, x, time)
+            x = run(resnet, x, time, real)
             if self.attentions:
-                x = run(self.attentions[i], x, text)
+                x = run(self.attentions[i], x, text, real)
         for up in self.upsamplers:
             # To the next skip connection's size: twice as large, or one less where the latents do not divide.
             x = up(x, skips[-1].shape[-3:-1])
@@ -182,12 +183,15 @@ class UNet(nnx.Module):
         time = timestep_embedding(timesteps, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = self.time_embedding(time)  # [B, 4·C0]
 
+        frames = latents.shape[1]
+        latents, real = fill_up(latents)
         x = self.conv_in(latents)  # [B, F, H, W, C0]
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, text, run)
+            x, more = block(x, time, text, real, run)
             skips += more
-        x = self.mid_block(x, time, text, run)
+        x = self.mid_block(x, time, text, real, run)
         for block in self.up_blocks:
-            x = block(x, time, text, skips, run)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))  # [B, F, H, W, out]
+            x = block(x, time, text, real, skips, run)
+        x = self.conv_out(nnx.silu(self.conv_norm_out(x, mask=frame_mask(real, x))))  # [B, F, H, W, out]
+        return cut_back(x, frames)

@@ -1,0 +1,99 @@
+"""Meshes of virtual devices against one device: tuning, inversion and sampling give the same numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tav_jax import InputError, TuneAVideo, config, sharding
+from tav_jax.sharding import good_shape
+
+WORKER = Path(__file__).parent / "mesh_worker.py"
+
+
+def numbers(folder: Path, case: str, mesh: tuple[int, int], frames: int, devices: int, **options) -> dict:
+    out = folder / f"{case}-{mesh}-{frames}.npz"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    line = [sys.executable, str(WORKER), case, json.dumps(mesh), str(frames), str(out), json.dumps(options)]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(out) as file:
+        return dict(file) | json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One device's numbers, computed once for each number of frames."""
+    folder, known = tmp_path_factory.mktemp("alone"), {}
+
+    def of(frames: int) -> dict:
+        if frames not in known:
+            known[frames] = numbers(folder, "sd1", (1, 1), frames, 1)
+        return known[frames]
+
+    return of
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    for name in ("losses", "norms", "inverted", "edit", "other"):
+        error = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
+        assert error <= 1e-4, (name, error)
+    assert np.abs(ours["frames"].astype(int) - theirs["frames"]).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
+def test_a_mesh_gives_the_numbers_of_one_device_also_where_frames_do_not_divide(mesh, alone, tmp_path):
+    ours = numbers(tmp_path, "sd1", mesh, 6, 8)
+    assert_same(ours, alone(6))
+
+
+@pytest.mark.slow
+def test_24_frames_run_on_16_devices_with_what_is_learned_in_parts(alone, tmp_path):
+    ours = numbers(tmp_path, "sd1", (1, 16), 24, 16, fsdp=True)
+    assert_same(ours, alone(24))
+    assert ours["largest_part"] < 1  # of the trained arrays that divide, each device holds a part
+
+
+# ----------------------------------------------------------------------------------------------- the choice of a mesh
+
+
+@pytest.mark.parametrize(
+    ("devices", "frames", "shape"),
+    [
+        (1, 24, (1, 1)),
+        (8, 24, (1, 8)),
+        (8, 8, (1, 8)),
+        (8, 6, (2, 4)),
+        (16, 24, (1, 16)),
+        (32, 24, (2, 16)),
+        (256, 24, (16, 16)),
+        (6, 4, (2, 3)),
+        (8, 1, (8, 1)),
+    ],
+)
+def test_the_usual_mesh_gives_each_device_frames_before_it_doubles_prompts(devices, frames, shape):
+    assert good_shape(devices, frames) == shape
+
+
+def test_a_mesh_larger_than_the_machine_is_refused_before_anything_is_loaded(sd1):
+    with pytest.raises(InputError, match=r"mesh of 4 × 2 .* needs 8 devices and there is 1"):
+        TuneAVideo.from_pretrained(sd1.model, mesh=(4, 2))
+
+
+def test_one_device_is_no_mesh():
+    assert sharding.make((1, 1)) is None
+    assert sharding.make((0, 0)) is None
+    assert sharding.make() is None
+
+
+@pytest.mark.parametrize("value", [-1, 65537])
+def test_a_config_mesh_is_checked(value):
+    given = config.get_config()
+    given.mesh.frames = value
+    with pytest.raises(InputError, match=f"mesh.frames is {value}"):
+        config.validate(given)
