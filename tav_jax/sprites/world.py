@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 SIDE = 64
 MARGIN = 3.0  # pixels that stay free between an object and the picture's edge
-RADII = (9.0, 15.0)
+RADII = (11.0, 16.0)
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
@@ -269,7 +269,7 @@ def _path(motion: str, rng: np.random.Generator, frames: int):
     if motion == "wave":
         return t, 0.5 + 0.4 * np.sin(2 * np.pi * t + rng.uniform(0, 2 * np.pi)), one, flat
     if motion == "growth":
-        return 0.2 + 0.6 * t, 0.75 - 0.5 * t, 0.7 + 0.6 * t, flat
+        return 0.2 + 0.6 * t, 0.75 - 0.5 * t, 0.88 + 0.4 * t, flat
     if motion == "rotation":
         return 0.15 + 0.7 * t, 0.5 + 0.25 * np.sin(np.pi * t), one, np.pi / 2 * t
     raise ValueError(f"there is no motion {motion!r}")
@@ -289,7 +289,7 @@ class SpriteClip:
         rng = np.random.default_rng((seed, 2))
         motion = motion or MOTIONS[seed % len(MOTIONS)]
         scene = scene or replace(Scene.draw(rng), style="plain")
-        radius = rng.uniform(10, 12)
+        radius = rng.uniform(12, 13.5)
         u, v, factor, turn = _path(motion, rng, frames)
         u = 1 - u if rng.random() < 0.5 else u
         v = 1 - v if rng.random() < 0.5 and motion not in ("arc", "bounce") else v  # things fall downwards
