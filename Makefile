@@ -8,7 +8,8 @@ STAMP  := $(VENV)/.ready
 .PHONY: demo test quick lint types clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	rm -rf out/demo
+	$(BIN)/tav demo --out=out/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -207,9 +207,9 @@ def picture(folder: Path) -> str:
     told = gathered(folder)
     furthest = max((cell["trajectory_error_px"] for cells in told.values() for cell in cells), default=1.0) * 1.05
 
-    def at(cell: dict[str, float]) -> tuple[float, float]:
-        x = left + (wide - left - 220) * cell["trajectory_error_px"] / furthest
-        return x, high - bottom - (high - bottom - 20) * cell["edit_accuracy"]
+    def at(cell: dict[str, Any]) -> tuple[float, float]:
+        x = left + (wide - left - 220) * float(cell["trajectory_error_px"]) / furthest
+        return x, high - bottom - (high - bottom - 20) * float(cell["edit_accuracy"])
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',

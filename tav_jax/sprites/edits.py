@@ -20,11 +20,11 @@ class Settings:
     """Everything that a result depends on, beside the clip and the prompts."""
 
     frames: int = 8
-    steps: int = 300
-    learning_rate: float = 1e-3
+    steps: int = 200
+    learning_rate: float = 3e-4
     inversion_steps: int = 50
     sampling_steps: int = 50
-    guidance: float = 7.5
+    guidance: float = 5.0
     seed: int = 0
 
 
