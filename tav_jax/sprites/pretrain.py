@@ -240,9 +240,8 @@ def encode_pool(recipe: Recipe, vae: VAE, workdir: Path) -> tuple[Pool, float]:
                 covered = np.stack([coverage(distance(scene.shape, pose) - OUTLINE) for scene, pose, _ in drawn])
                 h, w = mean.shape[1:3]
                 covered = covered.reshape(group, h, covered.shape[1] // h, w, -1).max(axis=(2, 4))
-                parts.append(
-                    Pool(*(np.asarray(x, np.float16) for x in (mean, std)), captions, covered.astype(np.float16))
-                )
+                halves = [np.asarray(x, np.float16) for x in (mean, std, covered)]
+                parts.append(Pool(halves[0], halves[1], captions, halves[2]))
                 bar.update(group)
         save(file, Pool(*(np.concatenate(column) for column in zip(*parts, strict=True))))
     pool = load(file, Pool(0, 0, 0, 0))
