@@ -27,6 +27,7 @@ from tav_jax import TavError
 from tav_jax.diffusion import Schedule
 from tav_jax.diffusion.schedule import add_noise
 from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
+from tav_jax.models.attention import TransformerBlock
 from tav_jax.progress import progress_bar
 from tav_jax.prompts import load_tokenizer, tokenize
 from tav_jax.sprites.words import END, LENGTH, START, vocabulary, write_tokenizer
@@ -66,6 +67,8 @@ class Recipe:
     unet_batch: int = 16
     unet_learning_rate: float = 1e-3
     object_weight: float = 4.0  # of the errors on the object, where there is little noise
+    alike: int = 4  # stills of one caption that are denoised together, in every second batch; see `choose`
+    glimpse: float = 0.25  # of its positions that a picture's self-attention may look at; see `Glimpse`
     caption_dropout: float = 0.1  # for guidance
     ema: float = 0.9995
 
@@ -217,7 +220,7 @@ def train_vae(recipe: Recipe, workdir: Path) -> VAE:
 
 
 class Pool(NamedTuple):
-    """Encoded stills: the posterior of each, and which caption it has."""
+    """Encoded stills, ordered by caption: the posterior of each, and which caption it has."""
 
     mean: Any
     std: Any
@@ -243,7 +246,9 @@ def encode_pool(recipe: Recipe, vae: VAE, workdir: Path) -> tuple[Pool, float]:
                 halves = [np.asarray(x, np.float16) for x in (mean, std, covered)]
                 parts.append(Pool(halves[0], halves[1], captions, halves[2]))
                 bar.update(group)
-        save(file, Pool(*(np.concatenate(column) for column in zip(*parts, strict=True))))
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        order = np.argsort(Pool(*columns).caption, kind="stable")
+        save(file, Pool(*(column[order] for column in columns)))
     pool = load(file, Pool(0, 0, 0, 0))
     return pool, 1 / float(np.std(np.asarray(pool.mean, np.float32)))
 
@@ -263,7 +268,44 @@ class Denoiser(nnx.Module):
             embed.embedding.set_value(0.1 * jax.random.normal(rngs.params(), embed.embedding.shape))
 
     def __call__(self, x: jax.Array, t: jax.Array, ids: jax.Array) -> jax.Array:
-        return self.unet(x[:, None], t, self.text_encoder(ids))[:, 0]
+        return self.unet(x, t, self.text_encoder(ids))
+
+
+class Glimpse(nnx.Module):
+    """A projection of some positions only, drawn by `key`: keys and values that share it are of the same positions.
+
+    In a clip, a frame's self-attention will look at other frames and not at itself. A network as small as this one
+    would learn to find each position's own content there; one that never knows which positions it will be shown
+    learns what is true of the whole picture. Large networks come by this through their data.
+    """
+
+    def __init__(self, linear: nnx.Linear, share: float, key: jax.Array):
+        self.linear, self.share, self.key = linear, share, nnx.data(key)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        positions = x.shape[-2]
+        kept = jax.random.permutation(self.key, positions)[: max(1, round(self.share * positions))]
+        return self.linear(x[..., kept, :])
+
+
+def blindfold(unet: UNet, share: float, key: jax.Array) -> None:
+    """Let each self-attention look at so large a share of the positions."""
+    blocks = [module for _, module in nnx.iter_modules(unet) if isinstance(module, TransformerBlock)]
+    for block, own in zip(blocks, jax.random.split(key, len(blocks)), strict=True):
+        block.attn1.to_k, block.attn1.to_v = (Glimpse(x, share, own) for x in (block.attn1.to_k, block.attn1.to_v))
+
+
+def choose(recipe: Recipe, captions: np.ndarray, step: int) -> np.ndarray:
+    """The pictures of a batch, as [pictures of a clip's kind, frames].
+
+    Every second batch is made of single pictures. In the others a few with the same caption are denoised together and
+    share the statistics of their group norms, as the frames of a clip do. Without that, a network that normalises over
+    so few numbers learns that a picture holds one object, and draws one object in the whole clip.
+    """
+    rng, frames = np.random.default_rng((recipe.seed, step)), (1, recipe.alike)[step % 2]
+    first = captions[rng.integers(0, len(captions), recipe.unet_batch // frames)]
+    low, high = (np.searchsorted(captions, first, side) for side in ("left", "right"))
+    return rng.integers(low[:, None], high[:, None], (len(first), frames))
 
 
 def train_unet(recipe: Recipe, pool: Pool, scale: float, workdir: Path) -> Denoiser:
@@ -274,29 +316,34 @@ def train_unet(recipe: Recipe, pool: Pool, scale: float, workdir: Path) -> Denoi
     captions = [*(scene.caption for scene in scenes()), ""]
     ids = jnp.asarray(tokenize(load_tokenizer(workdir / "tokenizer"), captions, LENGTH))
     levels = jnp.asarray(Schedule.from_config(SCHEDULER).levels)
-    size = recipe.unet_batch
 
-    def loss(params, key, pool, ids):
-        for_choice, for_latents, for_noise, for_time, for_captions = jax.random.split(key, 5)
-        chosen = jax.random.randint(for_choice, (size,), 0, len(pool.mean))
-        mean, std = (x[chosen].astype(jnp.float32) for x in (pool.mean, pool.std))
+    def loss(params, key, pool, ids, chosen):
+        clips = len(chosen)
+        for_latents, for_noise, for_time, for_captions, for_glimpses = jax.random.split(key, 5)
+        mean, std, covered = (x[chosen].astype(jnp.float32) for x in (pool.mean, pool.std, pool.object))
         latents = scale * (mean + std * jax.random.normal(for_latents, mean.shape))
         noise = jax.random.normal(for_noise, mean.shape)
-        # One timestep from each of `size` equal parts: the batch always sees all amounts of noise.
-        t = jnp.int32((jnp.arange(size) + jax.random.uniform(for_time, (size,))) / size * len(levels))
-        dropped = jax.random.bernoulli(for_captions, recipe.caption_dropout, (size,))
-        text = ids[jnp.where(dropped, len(captions) - 1, pool.caption[chosen])]
-        level = levels[t].reshape(-1, 1, 1, 1)
-        error = nnx.merge(graph, params)(add_noise(latents, noise, level), t, text) - noise
+        # One timestep from each of equal parts: the batch always sees all amounts of noise.
+        t = jnp.int32((jnp.arange(clips) + jax.random.uniform(for_time, (clips,))) / clips * len(levels))
+        dropped = jax.random.bernoulli(for_captions, recipe.caption_dropout, (clips,))
+        text = ids[jnp.where(dropped, len(captions) - 1, pool.caption[chosen[:, 0]])]
+        denoiser = nnx.merge(graph, params)
+        blindfold(denoiser.unet, recipe.glimpse, for_glimpses)
+        error = denoiser(jax.vmap(add_noise)(latents, noise, levels[t]), t, text) - noise
         # Errors at little noise are large in ε and small in the picture: weigh them less, but not away.
+        level = levels[t].reshape(-1, 1, 1, 1, 1)
         weight = (1 + level / (1 - level) / 5) ** -0.5
         # The ground's texture is most of a picture and the object's shape is what is looked at. Where the noise hides
         # where the object is, no pixel may count more: it would teach to see objects everywhere.
-        object_weight = 1 + (recipe.object_weight - 1) * pool.object[chosen][..., None] * (level > 0.1)
+        object_weight = 1 + (recipe.object_weight - 1) * covered[..., None] * (level > 0.1)
         return jnp.mean(object_weight * weight * error**2)
 
+    def batch(step: int):
+        return pool, ids, choose(recipe, known, step)
+
+    known = np.asarray(pool.caption)
     tx = optimizer(recipe.unet_learning_rate, recipe.unet_steps)
-    average = fit("unet", loss, params, tx, recipe.unet_steps, lambda _: (pool, ids), workdir, decay=recipe.ema)
+    average = fit("unet", loss, params, tx, recipe.unet_steps, batch, workdir, decay=recipe.ema)
     return nnx.merge(graph, average)
 
 

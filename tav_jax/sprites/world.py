@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 SIDE = 64
 MARGIN = 3.0  # pixels that stay free between an object and the picture's edge
 RADII = (11.0, 16.0)
+TILT = 0.4  # radians that an object may lean to either side
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
@@ -82,7 +83,7 @@ class Pose:
         radius = rng.uniform(*RADII)
         x, y = rng.uniform(radius + MARGIN, SIDE - radius - MARGIN, 2)
         dx, dy = rng.integers(0, TILE, 2)
-        return cls(float(x), float(y), float(radius), float(rng.uniform(0, 2 * np.pi)), (int(dx), int(dy)))
+        return cls(float(x), float(y), float(radius), float(rng.uniform(-TILT, TILT)), (int(dx), int(dy)))
 
 
 # ------------------------------------------------------------------------------------------------------- shapes
@@ -269,9 +270,9 @@ def _path(motion: str, rng: np.random.Generator, frames: int):
     if motion == "wave":
         return t, 0.5 + 0.4 * np.sin(2 * np.pi * t + rng.uniform(0, 2 * np.pi)), one, flat
     if motion == "growth":
-        return 0.2 + 0.6 * t, 0.75 - 0.5 * t, 0.88 + 0.4 * t, flat
+        return 0.2 + 0.6 * t, 0.75 - 0.5 * t, 0.93 + 0.25 * t, flat
     if motion == "rotation":
-        return 0.15 + 0.7 * t, 0.5 + 0.25 * np.sin(np.pi * t), one, np.pi / 2 * t
+        return 0.15 + 0.7 * t, 0.5 + 0.25 * np.sin(np.pi * t), one, TILT * (2 * t - 1)
     raise ValueError(f"there is no motion {motion!r}")
 
 
@@ -295,7 +296,7 @@ class SpriteClip:
         v = 1 - v if rng.random() < 0.5 and motion not in ("arc", "bounce") else v  # things fall downwards
         size = radius * factor
         low, high = size.max() + MARGIN, SIDE - size.max() - MARGIN
-        start = rng.uniform(0, 2 * np.pi)
+        start = 0.0 if motion == "rotation" else rng.uniform(-TILT, TILT)
         dx, dy = (int(n) for n in rng.integers(0, TILE, 2))
         x, y = low + (high - low) * u, low + (high - low) * v
         poses = tuple(
