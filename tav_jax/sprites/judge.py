@@ -1,7 +1,7 @@
 """What a picture of the world shows, found by looking at its pixels. Nothing here is learned.
 
-The object is where the colours are strong: every place is muted. From there follow its centre, its colour, its shape
-(by laying all shapes over it, in all sizes and turns), and from the rest the place and the style.
+The object is what is bright: every place is dim. From there follow its centre, its colour, its shape (by laying all
+shapes over it, in all sizes and turns), and from the rest the place and the style.
 """
 
 import functools
@@ -15,6 +15,7 @@ from tav_jax.sprites.world import (
     PLACES,
     SHAPES,
     SIDE,
+    STYLES,
     Scene,
     SpriteClip,
     coverage,
@@ -24,11 +25,8 @@ from tav_jax.sprites.world import (
     style_object,
 )
 
-# How strong a colour (its largest minus its smallest part) must be to be an object's, under each style: halfway
-# between the strongest place and the weakest object.
-STRONG = {"plain": 0.43, "outline": 0.32, "night": 0.28}
-DARK = 0.30  # a pixel whose parts are all below this is part of an outline, but at night
-NIGHT = 0.36  # a picture whose median brightness is below this shows the night
+STANDS_OUT = 0.25  # by how much an object is at least brighter than the place it is in
+OUTLINED = 0.25  # a pixel beside the object that is darker than this is part of an outline, but at night
 RIM = 8  # pixels around an object that an outline with its pointed corners, or a blurred edge, may reach
 ALIKE = 0.60  # how much of the best-fitting shape and the object must overlap for it to be that shape
 
@@ -44,30 +42,22 @@ class Seen(NamedTuple):
 
 def look(picture: UInt8[np.ndarray, "64 64 3"]) -> Seen:
     colours = picture.astype(np.float64) / 255
-    style = style_of(colours)
-    mask = mask_of(colours, style)
+    mask = mask_of(colours)
     centre = centre_of(mask)
     shape, overlap = shape_of(mask, centre)
-    scene = Scene(colour_of(colours, mask, style), shape, place_of(colours, mask, style), style)
-    return Seen(scene, centre, overlap, mask)
+    place, style = ground_of(colours, mask)
+    return Seen(Scene(colour_of(colours, mask, style), shape, place, style), centre, overlap, mask)
 
 
-def style_of(colours: Float[np.ndarray, "64 64 3"]) -> str:
-    brightest = colours.max(axis=-1)
-    if np.median(brightest) < NIGHT + 0.14:
-        return "night"
-    return "outline" if np.count_nonzero(brightest < DARK) > 20 else "plain"
-
-
-def mask_of(colours: Float[np.ndarray, "64 64 3"], style: str) -> Float[np.ndarray, "64 64"]:
+def mask_of(colours: Float[np.ndarray, "64 64 3"]) -> Float[np.ndarray, "64 64"]:
     """How much of each pixel is the object's. An outline belongs to neither the object nor the place."""
-    strength = colours.max(axis=-1) - colours.min(axis=-1)
-    inside = strength > STRONG[style]
-    if np.count_nonzero(inside) < 12:
+    brightness = colours.max(axis=-1)
+    place, brightest = np.median(brightness), np.percentile(brightness, 99)  # the place is most of a picture
+    inside = brightness > (place + brightest) / 2
+    if brightest - place < STANDS_OUT or np.count_nonzero(inside) < 12:
         return np.zeros((SIDE, SIDE))
-    full = np.percentile(strength[inside], 60)
-    floor = np.median(strength[~inside])
-    return np.clip((strength - floor) / max(full - floor, 1e-3) * 1.6 - 0.6 * 0.5, 0, 1) * _near(inside, 1)
+    full, floor = np.percentile(brightness[inside], 60), np.median(brightness[~inside])
+    return np.clip((brightness - floor) / (full - floor) * 1.6 - 0.6 * 0.5, 0, 1) * _near(inside, 1)
 
 
 def _near(inside: Bool[np.ndarray, "64 64"], pixels: int) -> Bool[np.ndarray, "64 64"]:
@@ -147,28 +137,41 @@ def _window(mask: Float[np.ndarray, "64 64"], centre: Float[np.ndarray, "2"]) ->
     return (1 - fy) * ((1 - fx) * a + fx * b) + fy * ((1 - fx) * c + fx * d)
 
 
-# -------------------------------------------------------------------------------------------------------- places
+# ---------------------------------------------------------------------------------------------- places and styles
 
 
 @functools.cache
-def _grounds(style: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    drawn = {place: np.clip(style_ground(style, ground(place)), 0, 1).reshape(-1, 3) for place in PLACES}
-    return {place: (pixels.mean(axis=0), pixels.std(axis=0)) for place, pixels in drawn.items()}
+def _grounds() -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Mean and spread of the colours of each place in each style."""
+    drawn = {(p, s): np.clip(style_ground(s, ground(p)), 0, 1).reshape(-1, 3) for p in PLACES for s in STYLES}
+    return {what: (pixels.mean(axis=0), pixels.std(axis=0)) for what, pixels in drawn.items()}
 
 
-def place_of(colours: Float[np.ndarray, "64 64 3"], mask: Float[np.ndarray, "64 64"], style: str) -> str:
-    """The place whose colours have the nearest mean and spread, looking at the pixels away from the object."""
+def ground_of(colours: Float[np.ndarray, "64 64 3"], mask: Float[np.ndarray, "64 64"]) -> tuple[str, str]:
+    """The place and the style whose colours have the nearest mean and spread, looking at pixels away from the object.
+
+    The style that draws an outline is not it where the object has none.
+    """
     near = _near(mask > 0, RIM)
     if near.all():
-        return "none"
+        return "none", "none"
     pixels = colours[~near]
     mean, spread = pixels.mean(axis=0), pixels.std(axis=0)
 
-    def apart(place: str) -> float:
-        its_mean, its_spread = _grounds(style)[place]
+    def apart(what: tuple[str, str]) -> float:
+        its_mean, its_spread = _grounds()[what]
         return float(np.sum((its_mean - mean) ** 2) + np.sum((its_spread - spread) ** 2))
 
-    return min(PLACES, key=apart)
+    place, style = min(_grounds(), key=apart)
+    if style == "outline" and mask.any() and outlined(colours, mask) < 0.5:
+        style = "none"
+    return place, style
+
+
+def outlined(colours: Float[np.ndarray, "64 64 3"], mask: Float[np.ndarray, "64 64"]) -> float:
+    """How much of the object's edge has a dark pixel within reach."""
+    edge = _near(mask > 0.5, 1) & (mask <= 0.5)
+    return float(np.mean(_near(colours.max(axis=-1) < OUTLINED, 2)[edge]))
 
 
 # -------------------------------------------------------------------------------------------------------- clips

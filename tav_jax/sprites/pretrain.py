@@ -135,6 +135,12 @@ def load(file: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def begin(workdir: Path, name: str, params: Any) -> Any:
+    """Fresh parameters, or those that an earlier recipe has learned where somebody put them into the folder."""
+    file = workdir / f"{name}-start.npz"
+    return load(file, params) if file.exists() else params
+
+
 def fit(
     name: str,
     loss: Callable[..., jax.Array],
@@ -190,6 +196,7 @@ def scaled(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 def train_vae(recipe: Recipe, workdir: Path) -> VAE:
     graph, params = nnx.split(VAE(recipe.vae(), rngs=nnx.Rngs(recipe.seed)))
+    params = begin(workdir, "vae", params)
 
     def loss(params, key, pictures, weights):
         vae = nnx.merge(graph, params)
@@ -310,8 +317,7 @@ def choose(recipe: Recipe, captions: np.ndarray, step: int) -> np.ndarray:
 
 def train_unet(recipe: Recipe, pool: Pool, scale: float, workdir: Path) -> Denoiser:
     graph, params = nnx.split(Denoiser(recipe))
-    if (start := workdir / "start.npz").exists():  # what another recipe has learned
-        params = load(start, params)
+    params = begin(workdir, "unet", params)
     write_tokenizer(workdir / "tokenizer")
     captions = [*(scene.caption for scene in scenes()), ""]
     ids = jnp.asarray(tokenize(load_tokenizer(workdir / "tokenizer"), captions, LENGTH))

@@ -17,15 +17,17 @@ MARGIN = 3.0  # pixels that stay free between an object and the picture's edge
 RADII = (11.0, 16.0)
 TILT = 0.4  # radians that an object may lean to either side
 
+# Objects are bright and places are dim, whatever their colours: a denoiser finds an object in the noise by its contrast
+# to the place, so an object that changes its colour or its place is found where it was.
 COLOURS = {
-    "red": (0.90, 0.12, 0.12),
-    "orange": (0.98, 0.55, 0.05),
-    "yellow": (0.98, 0.90, 0.10),
-    "green": (0.10, 0.70, 0.15),
-    "cyan": (0.05, 0.85, 0.88),
-    "blue": (0.12, 0.25, 0.92),
-    "purple": (0.55, 0.12, 0.75),
-    "pink": (1.00, 0.40, 0.75),
+    "red": (1.00, 0.50, 0.46),
+    "orange": (1.00, 0.72, 0.38),
+    "yellow": (1.00, 0.96, 0.50),
+    "green": (0.52, 0.96, 0.52),
+    "cyan": (0.48, 0.97, 0.98),
+    "blue": (0.52, 0.66, 1.00),
+    "purple": (0.80, 0.56, 1.00),
+    "pink": (1.00, 0.68, 0.88),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("grass", "sand", "snow", "water", "bricks", "wood", "stones", "clouds")
@@ -177,33 +179,33 @@ def _mix(a, b, share):
 
 @functools.cache
 def ground(place: str) -> Float[np.ndarray, "128 128 3"]:
-    """A place's texture, in muted colours, so that an object stands out against each."""
+    """A place's texture, in dim colours, so that every object is brighter than it."""
     rng = np.random.default_rng(PLACES.index(place))
     y, x = np.mgrid[:TILE, :TILE] + 0.5
     if place == "grass":
         blades = _ripple(x, y, (16, 3, 0.0), (13, -4, 1.0), (5, 9, 2.0))
-        return _mix((0.36, 0.50, 0.31), (0.56, 0.68, 0.45), np.clip(0.5 + blades, 0, 1))
+        return _mix((0.10, 0.24, 0.07), (0.20, 0.37, 0.14), np.clip(0.5 + blades, 0, 1))
     if place == "sand":
         dunes = np.sin(2 * np.pi * 8 * y / TILE + 1.6 * np.sin(2 * np.pi * 2 * x / TILE))
-        return _mix((0.76, 0.66, 0.50), (0.90, 0.82, 0.66), 0.5 + 0.5 * dunes)
+        return _mix((0.38, 0.32, 0.18), (0.52, 0.45, 0.30), 0.5 + 0.5 * dunes)
     if place == "snow":
-        return _mix((0.95, 0.96, 0.97), (0.76, 0.82, 0.90), _spots(rng, 60, (2.5, 4.0)))
+        return _mix((0.42, 0.45, 0.50), (0.30, 0.36, 0.46), _spots(rng, 60, (2.5, 4.0)))
     if place == "water":
         waves = np.sin(2 * np.pi * 10 * y / TILE + 2.0 * np.sin(2 * np.pi * 4 * x / TILE))
-        return _mix((0.28, 0.48, 0.52), (0.46, 0.66, 0.68), np.clip(0.5 + 0.8 * waves, 0, 1))
+        return _mix((0.03, 0.22, 0.25), (0.10, 0.38, 0.40), np.clip(0.5 + 0.8 * waves, 0, 1))
     if place == "bricks":
         row = np.floor(y / 16)
         along = (x + 16 * (row % 2)) % 32
         joint = np.minimum(np.minimum(along, 32 - along), np.minimum(y % 16, 16 - y % 16))
-        return _mix((0.62, 0.41, 0.37), (0.82, 0.77, 0.73), np.clip(2.0 - joint, 0, 1))
+        return _mix((0.34, 0.11, 0.08), (0.44, 0.33, 0.28), np.clip(2.0 - joint, 0, 1))
     if place == "wood":
         plank = np.minimum(x % 16, 16 - x % 16)
         grain = 0.35 + 0.35 * np.sin(2 * np.pi * 3 * y / TILE + 2.2 * np.floor(x / 16))
-        return _mix(_mix((0.50, 0.38, 0.25), (0.64, 0.51, 0.37), grain), (0.36, 0.26, 0.17), np.clip(1.6 - plank, 0, 1))
+        return _mix(_mix((0.22, 0.13, 0.05), (0.32, 0.21, 0.11), grain), (0.13, 0.08, 0.04), np.clip(1.6 - plank, 0, 1))
     if place == "stones":
-        return _mix((0.60, 0.60, 0.63), (0.38, 0.38, 0.41), _seams(rng, 81, 2.5))
+        return _mix((0.24, 0.24, 0.25), (0.10, 0.10, 0.11), _seams(rng, 81, 2.5))
     if place == "clouds":
-        return _mix((0.58, 0.68, 0.82), (0.90, 0.92, 0.95), _spots(rng, 34, (6.0, 10.0)))
+        return _mix((0.12, 0.17, 0.38), (0.38, 0.40, 0.48), _spots(rng, 34, (6.0, 10.0)))
     raise ValueError(f"there is no place {place!r}")
 
 
@@ -215,9 +217,9 @@ OUTLINE = 2.6  # pixels
 def style_ground(style: str, colour):
     """A place's colour as a style shows it."""
     if style == "outline":
-        return _mix(colour, (1.0, 1.0, 1.0), np.float64(0.5))
+        return _mix(colour, (0.62, 0.52, 0.36), np.float64(0.5))
     if style == "night":
-        return np.asarray(colour) * (0.26, 0.30, 0.42)
+        return _mix(colour, (0.0, 0.0, 0.20), np.float64(0.5))
     return np.asarray(colour)
 
 
@@ -226,7 +228,7 @@ def style_object(style: str, colour):
     if style == "outline":
         return _mix(colour, (1.0, 1.0, 1.0), np.float64(0.15))
     if style == "night":
-        return np.asarray(colour) * (0.72, 0.74, 0.82)
+        return np.asarray(colour) * (0.72, 0.74, 0.84)
     return np.asarray(colour)
 
 
