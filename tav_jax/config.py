@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
                 "dtype": "bfloat16",  # of frozen weights and arithmetic; trained weights are float32
                 "spatial_attention": "sparse-causal",  # or first-frame, per-frame
                 "temporal_attention": True,
+                "kernel": "auto",  # of the spatial attention; or plain, fused, splash, cudnn
             },
             "clip": {
                 "path": "",
@@ -70,11 +71,12 @@ def get_config() -> ConfigDict:
 
 
 # What may be different when a run continues; everything else would make it another run.
-MAY_CHANGE = ("train.steps", "train.preview_every", "edit.", "log.", "mesh.")
+MAY_CHANGE = ("train.steps", "train.preview_every", "edit.", "log.", "mesh.", "model.kernel")
 
 CHOICES = {
     "model.dtype": ("bfloat16", "float16", "float32"),
     "model.spatial_attention": ("sparse-causal", "first-frame", "per-frame"),
+    "model.kernel": ("auto", "plain", "fused", "splash", "cudnn", "interpret"),
     "clip.fit": ("crop", "stretch"),
 }
 # name → least, most

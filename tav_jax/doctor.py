@@ -59,6 +59,9 @@ def _devices() -> Iterator[Finding]:
     stats = devices[0].memory_stats() or {}
     size = f", {stats['bytes_limit'] / 1e9:.0f} GB each" if "bytes_limit" in stats else ""
     yield Finding(True, f"{len(devices)} × {', '.join(sorted(kinds))} ({jax.default_backend()}{size})")
+    from tav_jax import kernels  # needs JAX to be there
+
+    yield Finding(True, f"spatial attention: the {kernels.choose('auto', jax.default_backend())} kernel")
     if jax.default_backend() == "cpu":
         if shutil.which("nvidia-smi"):
             yield Finding(False, "there is an NVIDIA GPU, and JAX does not see it", "pip install 'tav_jax[cuda]'")

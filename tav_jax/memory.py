@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from tav_jax.kernels import frames_at_once
+from tav_jax.kernels import ENOUGH_TOKENS, frames_at_once
 from tav_jax.models import UNetConfig
 
 
@@ -22,6 +22,8 @@ def _attention(config: UNetConfig, frames: int, height: int, width: int, batch: 
     largest = 0
     for level, (heads, has) in enumerate(zip(config.heads, config.down_attention, strict=True)):
         tokens = -(-height // 2**level) * -(-width // 2**level)
+        if config.kernel != "plain" and tokens >= ENOUGH_TOKENS:
+            continue  # a kernel that keeps its scores on the chip
         keys = 2 * tokens if config.spatial_attention == "sparse-causal" else tokens
         together = min(batch * frames, frames_at_once(tokens, keys, heads))
         largest = max(largest, has * together * heads * tokens * keys)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import programs, prompts, sharding, training, weights
+from tav_jax import kernels, programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
@@ -79,6 +79,7 @@ class TuneAVideo:
         seed: int = 0,
         spatial_attention: str = "sparse-causal",
         temporal_attention: bool = True,
+        kernel: str = "auto",
         trainable: Sequence[str] = training.TRAINABLE,
     ) -> "TuneAVideo":
         """Load a Diffusers-layout directory, a hub id or a bucket path.
@@ -86,7 +87,8 @@ class TuneAVideo:
         A 2D UNet is inflated, its new temporal layers drawn from `seed`; one that was tuned already, by this or the
         official code, is taken as it is. `dtype` is that of the frozen weights and of the arithmetic; weights that can
         be tuned, those of `trainable`, stay in float32. `mesh` is (data, frames), on the first devices; by default all
-        devices are used, shared out as suits a clip of `frames` frames.
+        devices are used, shared out as suits a clip of `frames` frames. `kernel` computes the spatial attention: by
+        default the best for these devices, see `tav_jax.kernels`.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -97,7 +99,13 @@ class TuneAVideo:
             devices = sharding.make(mesh, frames=frames)
         except sharding.TooFewDevicesError as error:
             raise InputError(f"{error}; the product of mesh=(data, frames) may be {jax.device_count()}") from error
-        layout = Layout.open(source, spatial_attention=spatial_attention, temporal_attention=bool(temporal_attention))
+        try:
+            chosen = kernels.choose(kernel, jax.default_backend())
+        except kernels.KernelError as error:
+            raise InputError(str(error)) from error
+        layout = Layout.open(
+            source, spatial_attention=spatial_attention, temporal_attention=bool(temporal_attention), kernel=chosen
+        )
         Schedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
         parts = weights.Pipeline.load(layout, DTYPES[dtype], exact=training.subset(trainable), seed=seed)
         return cls(parts, DTYPES[dtype], devices)
@@ -105,7 +113,7 @@ class TuneAVideo:
     @classmethod
     def from_config(cls, config: Any) -> "TuneAVideo":
         """As a run's config says."""
-        options = {k: config.model[k] for k in ("dtype", "spatial_attention", "temporal_attention")}
+        options = {k: config.model[k] for k in ("dtype", "spatial_attention", "temporal_attention", "kernel")}
         return cls.from_pretrained(
             config.model.path,
             mesh=(config.mesh.data, config.mesh.frames),

@@ -12,9 +12,9 @@ from conftest import difference
 from flax import nnx
 
 from tav_jax import layout, weights
-from tav_jax.kernels import attend
+from tav_jax.kernels import attend, frames_seen
 from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
-from tav_jax.models.attention import Attention, FeedForward, frames_seen
+from tav_jax.models.attention import Attention, FeedForward
 from tav_jax.models.resnet import nearest
 from tav_jax.models.unet import timestep_embedding
 from tav_jax.training import is_trainable

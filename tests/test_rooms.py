@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "tav_jax"
 # room → the rooms and the heavy libraries that it may import
 ALLOWED = {
     "errors": set(),
-    "kernels": {"jax"},
+    "kernels": {"jax", "sharding"},
     "sharding": {"jax"},
     "models": {"jax", "flax", "kernels", "sharding"},
     "diffusion": {"jax", "errors"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "programs": {"jax", "models", "diffusion", "sharding"},
     "pipeline": {
         *("jax", "flax", "errors", "video", "models", "diffusion", "sharding", "training"),
-        *("layout", "weights", "prompts", "programs", "progress", "run"),
+        *("kernels", "layout", "weights", "prompts", "programs", "progress", "run"),
     },
     "progress": {"jax", "tqdm"},
     "config": {"ml_collections", "errors"},
@@ -39,7 +39,7 @@ ALLOWED = {
         *("progress", "sharding", "video", "workdir"),
     },
     "edit": {"jax", "PIL", "errors", "memory", "prompts", "pipeline", "progress", "run", "video", "workdir"},
-    "doctor": {"jax", "av"},
+    "doctor": {"jax", "av", "kernels"},
     "cache": {"jax"},
     "sprites": {
         *("jax", "PIL", "Clip", "Edit", "InputError", "TavError", "TuneAVideo"),  # the public interface

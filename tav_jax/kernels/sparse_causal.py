@@ -242,7 +242,7 @@ def _run_backward(size: Sizes, offset, q, k, v, first, halo, out, lse, g):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(size: Sizes, offset, q, k, v, first, halo):
-    """Frames of one device: `first` and `halo` are keys and values of the clip's frame 0 and of the frame before these."""
+    """For one device's frames: `first` and `halo` are keys and values of the clip's frame 0 and of the frame before."""
     return _run_forward(size, offset, q, k, v, first, halo)[0]
 
 

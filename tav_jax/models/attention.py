@@ -3,36 +3,17 @@
 Tokens are `[B, F, T, C]` with T = H·W; split into heads they are `[B, F, T, N, D]`.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from tav_jax.kernels import attend
+from tav_jax.kernels import Kernel, SpatialAttention, attend, attend_frames
 from tav_jax.models.resnet import group_norm
 from tav_jax.sharding import CLIP, pin
 
-SpatialAttention = Literal["sparse-causal", "first-frame", "per-frame"]
-
 # torch's default for a linear layer: uniform within ±1/√fan_in, a third of the variance that Flax would take.
 torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def frames_seen(x: Float[Array, "B F T N D"], kind: SpatialAttention) -> Float[Array, "B F S N D"]:
-    """The keys (or values) that each frame's queries look at.
-
-    sparse-causal: frame 0 and the frame before (frame 0 again for frames 0 and 1), so S = 2T. A frame does not see
-    itself, but for frame 0. The two ablations see frame 0 only, or only the frame itself, as the 2D network does.
-    """
-    if kind == "per-frame":
-        return x
-    first = jnp.broadcast_to(x[:, :1], x.shape)  # [B, F, T, N, D]
-    if kind == "first-frame":
-        return first
-    before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)  # [B, F, T, N, D]
-    return jnp.concatenate([first, before], axis=2)  # [B, F, 2T, N, D]
 
 
 class Attention(nnx.Module):
@@ -58,9 +39,10 @@ class Attention(nnx.Module):
     def join(self, x: Float[Array, "*b T N D"]) -> Float[Array, "*b T c"]:
         return self.to_out[0](x.reshape(*x.shape[:-2], -1))
 
-    def spatial(self, x: Float[Array, "B F T c"], kind: SpatialAttention) -> Float[Array, "B F T c"]:
-        q, k, v = self.project(x, x)  # [B, F, T, N, D]
-        return self.join(attend(q, frames_seen(k, kind), frames_seen(v, kind)))
+    def spatial(
+        self, x: Float[Array, "B F T c"], sees: SpatialAttention, kernel: Kernel = "plain"
+    ) -> Float[Array, "B F T c"]:
+        return self.join(attend_frames(*self.project(x, x), sees, kernel))
 
     def cross(self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"]) -> Float[Array, "B F T c"]:
         # All frames share the text: fold them into the query axis instead of repeating keys and values.
@@ -92,9 +74,21 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """x += spatial, x += text, x += feed-forward, x += temporal; in this order, each after its own norm."""
 
-    def __init__(self, dim: int, text_dim: int, heads: int, *, spatial: SpatialAttention, temporal: bool, dtype, rngs):
+    def __init__(
+        self,
+        dim: int,
+        text_dim: int,
+        heads: int,
+        *,
+        spatial: SpatialAttention,
+        temporal: bool,
+        kernel: Kernel = "plain",
+        dtype,
+        rngs,
+    ):
         kw = {"dtype": dtype, "rngs": rngs}
         self.sees: SpatialAttention = spatial
+        self.kernel: Kernel = kernel
         self.temporal = temporal
         self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
         self.attn1 = Attention(dim, dim, heads, **kw)
@@ -109,7 +103,7 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"], real: Bool[Array, "F"] | None = None
     ) -> Float[Array, "B F T c"]:
-        x = x + self.attn1.spatial(self.norm1(x), self.sees)
+        x = x + self.attn1.spatial(self.norm1(x), self.sees, self.kernel)
         x = x + self.attn2.cross(self.norm2(x), text)
         x = x + self.ff(self.norm3(x))
         if self.temporal:
@@ -130,6 +124,7 @@ class Transformer(nnx.Module):
         linear_projection: bool,
         spatial: SpatialAttention,
         temporal: bool,
+        kernel: Kernel = "plain",
         dtype,
         rngs,
     ):
@@ -141,7 +136,7 @@ class Transformer(nnx.Module):
         self.norm = group_norm(dim, groups, 1e-6, **kw)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List(
-            [TransformerBlock(dim, text_dim, heads, spatial=spatial, temporal=temporal, **kw)]
+            [TransformerBlock(dim, text_dim, heads, spatial=spatial, temporal=temporal, kernel=kernel, **kw)]
         )
         self.proj_out = projection()
 

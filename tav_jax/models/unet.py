@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from tav_jax.models.attention import SpatialAttention, Transformer
+from tav_jax.kernels import Kernel, SpatialAttention
+from tav_jax.models.attention import Transformer
 from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, call, conv, frame_mask, group_norm, rematerialise
 from tav_jax.sharding import cut_back, fill_up
 
@@ -35,6 +36,7 @@ class UNetConfig:
     freq_shift: int = 0
     spatial_attention: SpatialAttention = "sparse-causal"
     temporal_attention: bool = True
+    kernel: Kernel = "plain"  # of the spatial attention
 
     @classmethod
     def sd1(cls) -> "UNetConfig":
@@ -84,6 +86,7 @@ class Parts:
             linear_projection=c.use_linear_projection,
             spatial=c.spatial_attention,
             temporal=c.temporal_attention,
+            kernel=c.kernel,
             **self.kw,
         )
 

@@ -1,0 +1,39 @@
+"""Run by `test_kernels.py` in a process of its own, which has as many virtual devices as the mesh needs."""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tav_jax import sharding
+from tav_jax.kernels import attend_frames
+from tav_jax.sharding import CLIP, pin
+
+
+def main(data: int, frames: int, batch: int) -> None:
+    arrays = [jax.random.normal(jax.random.key(i), (batch, 2 * frames, 70, 2, 16)) for i in range(4)]
+
+    def both_ways(kernel):
+        def run(q, k, v, g):
+            q, k, v, g = (pin(x, CLIP) for x in (q, k, v, g))
+            out, back = jax.vjp(lambda *x: attend_frames(*x, "sparse-causal", kernel), q, k, v)
+            return tuple(pin(x, CLIP) for x in (out, *back(g)))
+
+        return jax.jit(run)
+
+    plain = both_ways("plain")(*arrays)
+    with sharding.on(sharding.make((data, frames))):
+        placed = [jax.jit(lambda x: pin(x, CLIP))(x) for x in arrays]
+        spread = both_ways("interpret")
+        ours = spread(*placed)
+        text = spread.lower(*placed).compile().as_text()
+    kinds = re.findall(r"(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(", text)
+    errors = [float(jnp.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(ours, plain, strict=True)]
+    print(json.dumps({"errors": errors, "collectives": sorted(set(kinds))}))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
