@@ -102,10 +102,11 @@ def _paths(story: "Story", marks: list[str]) -> str:
     everyone = [(story.source.centres, SOURCE_MARK)]
     everyone += [(verdict.centres, mark) for verdict, mark in zip(story.verdicts, marks, strict=True)]
     for i, (path, mark) in enumerate(everyone):
-        path = np.where(np.isfinite(path), path, -9.0)  # a frame without an object: outside of the picture
+        seen = path[np.isfinite(path).all(axis=1)]  # the line passes over frames without an object
+        path = np.where(np.isfinite(path), path, -9.0)  # and the dot waits outside of the picture
         wide = 2.6 if i == 0 else 0.7
         lines.append(
-            f'<polyline points="{_points(path)}" fill="none" stroke="{mark}" stroke-width="{wide}" '
+            f'<polyline points="{_points(seen)}" fill="none" stroke="{mark}" stroke-width="{wide}" '
             f'stroke-linejoin="round" stroke-linecap="round" opacity="{0.35 if i == 0 else 0.9}"/>'
         )
         lines.append(
