@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return stop("the disk is full; what was finished is whole. Make room and run the same command again.", 2)
-        if lost := processes.loss(5):  # a program broke because another process has gone
+        if lost := processes.loss(5.0):  # a program broke because another process has gone
             return stop(lost, LostError.exit_code)
         raise
 

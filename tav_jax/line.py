@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from tav_jax.errors import InputError, LostError
 
@@ -93,7 +93,7 @@ class Line:
             end.inbox.put(None)  # whoever waits, waits no longer
             if self.index == 0:
                 end.send({"stop": sentence})
-        self.on_loss(sentence)
+        threading.Thread(target=self.on_loss, args=(sentence,), daemon=True).start()
 
     def exchange(self, what: str, value: Any, seconds: float) -> list[Any]:
         """Every process's value, in their order. All must call it, with the same words for what they do."""
@@ -173,7 +173,7 @@ def _gather(host: str, port: int, count: int, card: dict, seconds: float, deadli
     """On process 0: one end for each of the others."""
     ends: dict[int, _End] = {}
 
-    def refuse(sentence: str, *more: _End) -> None:
+    def refuse(sentence: str, *more: _End) -> NoReturn:
         for end in (*ends.values(), *more):
             end.send({"stop": sentence})
             end.close()
@@ -190,14 +190,13 @@ def _gather(host: str, port: int, count: int, card: dict, seconds: float, deadli
         while len(ends) < count - 1:
             try:
                 server.settimeout(max(0.001, deadline - time.monotonic()))
-                connection, _ = server.accept()
+                end = _End(server.accept()[0])
             except TimeoutError:
                 missing = [n for n in range(1, count) if n not in ends]
                 refuse(
                     f"{name(missing)} of {count} did not come within {seconds:g} seconds; start the same command on "
                     f"all {count}, or give them longer with TAV_WAIT=SECONDS"
                 )
-            end = _End(connection)
             peer, theirs = _introduced(end)
             if peer is None:
                 end.close()  # a stranger at the door
@@ -216,7 +215,7 @@ def _gather(host: str, port: int, count: int, card: dict, seconds: float, deadli
 def _introduced(end: _End) -> tuple[int | None, dict]:
     """The number and the card that somebody shows who has just called."""
     try:
-        hello = end.receive(5) or {}
+        hello = end.receive(5.0) or {}
     except TimeoutError:
         hello = {}
     peer, card = hello.get("process"), hello.get("card")

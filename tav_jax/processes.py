@@ -1,4 +1,4 @@
-"""Several processes that work as one, such as those of a TPU slice's hosts: how they find each other, and how they agree.
+"""Several processes that work as one, such as those of a TPU slice's hosts: how they find each other and agree.
 
 All of them run the same programs on one mesh; process 0 alone writes. `join` finds out whether there are others:
 
@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 from tav_jax import errors
 from tav_jax.errors import InputError, LostError, TavError
@@ -31,7 +32,8 @@ GRACE = 5.0  # seconds to come to an end by oneself after another has gone
 AT_THE_END = "the end"
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """Where this process is among the others."""
 
     coordinator: str
@@ -42,6 +44,7 @@ class _Place(NamedTuple):
 
 _line: Line | None = None
 _looked = False
+_leaving = False
 
 
 # ------------------------------------------------------------------------------------------------------- beginning
@@ -96,7 +99,9 @@ def refuse_several(what: str) -> None:
     """For what makes no sense on several."""
     place = _given() or _detected(_seconds())
     if place is not None and place.count > 1:
-        raise InputError(f"{what} is for one process; on one machine of several: TAV_PROCESSES=1 JAX_PLATFORMS=cpu {what}")
+        raise InputError(
+            f"{what} is for one process; on one machine of several: TAV_PROCESSES=1 JAX_PLATFORMS=cpu {what}"
+        )
 
 
 def _seconds() -> float:
@@ -185,7 +190,7 @@ def barrier(what: str) -> None:
 
 
 def agree(flag: bool) -> bool:
-    """Any process's True is everyone's True. A fraction of a millisecond on one network: cheap enough for every step."""
+    """Any process's True is everyone's True. It takes one round trip of a few bytes: cheap enough for every step."""
     return any(everyones("agreeing", bool(flag)))
 
 
@@ -237,14 +242,18 @@ def _on_loss(sentence: str) -> None:
     """A device that waits for one that has gone waits for ever, and nothing in Python can wake it."""
     if "process 0 has died" not in sentence:  # with it goes JAX's own service, and JAX aborts at once
         time.sleep(GRACE)
+    if _leaving:
+        return
     print(f"tav: {_advised(sentence)}", file=sys.stderr, flush=True)
     _end_now(LostError.exit_code)
 
 
 def leave(sentence: str, code: int) -> None:
     """This process stops with this sentence: tell the others, and end. Alone it does nothing."""
+    global _leaving
     if _line is None:
         return
+    _leaving = True
     if not _line.lost.is_set():
         _line.stop(f"process {_line.index} stopped: {sentence}")
     _line.close(2 * GRACE)

@@ -45,31 +45,32 @@ class Workdir:
         return self
 
     def check_shared(self) -> "Workdir":
-        """Do all processes see what the first one writes here? Tried out on this machine's disks; a bucket is a bucket."""
+        """Do all processes see what the first one writes here? Tried out, but for a bucket: all see the same."""
         if not processes.several() or self.remote:
             return self
 
+        there = next(place for place in (self.path, *self.path.parents) if place.exists())
+
         def mark() -> str:
-            there = next(place for place in (self.path, *self.path.parents) if place.exists())
             try:
                 handle, name = tempfile.mkstemp(prefix=".tav_jax_", dir=there)
-            except OSError:  # what may not be written can still be read
-                return str(there)
+            except OSError:
+                return ""  # what may not be written can still be read
             os.close(handle)
-            return name
+            return Path(name).name
 
-        name = Path(processes.from_first(f"looking at {self}", mark))
+        name = processes.from_first(f"looking at {self}", mark)
         for _ in range(25):  # a network disk may take seconds to show it
-            if name.exists():
+            if (there / name).exists():
                 break
             time.sleep(0.2)
-        seen = processes.everyones(f"looking at {self}", name.exists())
-        if processes.is_first() and name.name.startswith(".tav_jax_"):
-            name.unlink(missing_ok=True)
+        seen = processes.everyones(f"looking at {self}", (there / name).exists())
+        if processes.is_first() and name:
+            (there / name).unlink(missing_ok=True)
         if blind := [str(number) for number, sees in enumerate(seen) if not sees]:
             raise InputError(
-                f"process {', '.join(blind)} does not see the {self} of process 0; give a folder that all of them share, "
-                "such as one in a bucket (gs://…)"
+                f"process {', '.join(blind)} does not see the {self} of process 0; give a folder that all of them "
+                "share, such as one in a bucket (gs://…)"
             )
         return self
 
