@@ -41,7 +41,7 @@ def edit(
     place = "" if out else "edits/"
     together = place + prompts.file_names(["side by side " + ", ".join(texts)])[0] + suffix
     names = (*(place + target for _, _, target in targets), together)
-    processes.from_first(f"looking at {folder}", lambda: check_free(folder, () if force else names))
+    processes.from_first("looking for edits", lambda: check_free(folder, () if force else names))
 
     clip = load_clip(run.config)
     tav = run.restore()

@@ -59,14 +59,16 @@ class Workdir:
             os.close(handle)
             return Path(name).name
 
-        name = processes.from_first(f"looking at {self}", mark)
-        for _ in range(25):  # a network disk may take seconds to show it
-            if (there / name).exists():
-                break
-            time.sleep(0.2)
-        seen = processes.everyones(f"looking at {self}", (there / name).exists())
-        if processes.is_first() and name:
-            (there / name).unlink(missing_ok=True)
+        name = processes.from_first("looking for the folder", mark)
+        try:
+            for _ in range(25):  # a network disk may take seconds to show it
+                if (there / name).exists():
+                    break
+                time.sleep(0.2)
+            seen = processes.everyones("looking for the folder", (there / name).exists())
+        finally:
+            if processes.is_first() and name:
+                (there / name).unlink(missing_ok=True)
         if blind := [str(number) for number, sees in enumerate(seen) if not sees]:
             raise InputError(
                 f"process {', '.join(blind)} does not see the {self} of process 0; give a folder that all of them "
@@ -85,7 +87,7 @@ class Workdir:
 
     @property
     def has_run(self) -> bool:
-        return processes.from_first(f"looking for a run in {self}", (self.path / "config.json").exists)
+        return processes.from_first("looking for a run", (self.path / "config.json").exists)
 
     def __truediv__(self, name: str) -> Any:
         return self.path / name
