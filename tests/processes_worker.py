@@ -44,12 +44,13 @@ def job(folder: str, clip: str) -> dict:
             TuneAVideo.from_pretrained(REFERENCE / "sd1/model", mesh=(1, 1))
         except InputError as error:
             refused = str(error)
-        Run.start_or_continue(str(root / "continued"), settings(clip, 3)).train()
-        Run.start_or_continue(str(root / "two"), settings(clip, 3, **{"mesh.fsdp": True})).train()
+        for name in ("continued", "two"):  # what is learned lies in parts, so that neither holds all of it
+            Run.start_or_continue(str(root / name), settings(clip, 3, **{"mesh.fsdp": True})).train()
     run = Run.open(root / ("one" if alone else "two"))
     tav = run.restore()
     noise = tav.invert(load_clip(run.config), steps=2, return_trajectory=True)
-    edits = tav.sample(["blue", "a green square"], latents=noise[-1], steps=2, guidance=3.0)
+    words = ("blue", "a green square")
+    edits = [tav.sample(text, latents=noise[-1], steps=2, guidance=3.0) for text in words]
     numbers = {"noise": noise, "latents": np.concatenate([e.latents for e in edits]), "frames": edits[0].frames}
     if processes.is_first():
         np.savez(root / f"{processes.count()}.npz", **numbers)
@@ -58,7 +59,7 @@ def job(folder: str, clip: str) -> dict:
     # One look for each process: whether a bar is watched, and how much memory there is, differs between them.
     noise = tav.invert(load_clip(run.config), steps=2, progress=(lambda done: None) if processes.is_first() else None)
     edit.memory.available = lambda: None if processes.is_first() else 1
-    paths = edit.edit(run, ["blue", "a green square"])
+    paths = edit.edit(run, words)
     edits[0].save(root / "edit.gif")
     tav.save_pretrained(root / "exported")
     return {

@@ -50,7 +50,7 @@ class Several:
         environment = {**self.environment, **number}
         self.running[index] = subprocess.Popen(line, env=environment, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
 
-    def ends(self, seconds: float = 400) -> list[tuple[int, str, str]]:
+    def ends(self, seconds: float = 900) -> list[tuple[int, str, str]]:
         """Exit status, output and errors of each, in order."""
         try:
             return [(p.wait(seconds), *p.communicate(timeout=seconds)) for _, p in sorted(self.running.items())]
