@@ -10,6 +10,7 @@ export HOME=${HOME:-/root}
 export PATH=$HOME/.local/bin:$PATH
 SOURCE=${TAV_SOURCE:-$HOME/tav_jax.tar.gz}
 VENV=$HOME/tav_jax_env
+export TAV_WAIT=${TAV_WAIT:-1800} # the workers of a slice boot and install at their own pace
 
 if [[ $SOURCE == gs://* ]]; then
   gcloud storage cp "$SOURCE" "$HOME/tav_jax.tar.gz"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from tav_jax import processes
 from tav_jax.errors import InputError, MissingError
 from tav_jax.training import Learner
 from tav_jax.weights import flat
@@ -50,7 +51,7 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        return self.manager.latest_step()
+        return processes.from_first("looking for the newest checkpoint", self.manager.latest_step)
 
     def save(self, step: int, learner: Learner, about: dict[str, Any]) -> None:
         if step in self.manager.all_steps():
@@ -96,7 +97,7 @@ class Checkpoints:
 
     def weights(self, state: nnx.State, step: int | None = None) -> None:
         """Only the trained weights, put into `state`: what an edit needs."""
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state)
         saved = flat(self.restore(Learner.create(zeros), step).trained)
         _fill(state, {name: leaf.get_value() for name, leaf in saved.items()})
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tav_jax import __version__
-from tav_jax.errors import InputError, MissingError, TavError
+from tav_jax import __version__, processes
+from tav_jax.errors import InputError, LostError, MissingError, TavError
 
 DESCRIPTION = "One-shot video tuning on JAX: one clip and one sentence in, edited clips out."
 SETTINGS = """\
@@ -148,11 +148,13 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     cache.enable()
     if arguments.command == "demo":
+        processes.refuse_several("tav demo")
         from tav_jax.sprites.demo import demo, settings_with
 
         chosen = settings_with(steps=arguments.steps, seed=arguments.seed)
         demo(arguments.out, arguments.prompt, chosen, number=arguments.clip)
         return 0
+    processes.join()
     if arguments.command == "train":
         settings = read_config(rest)
         from tav_jax.run import Run
@@ -165,9 +167,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.command == "export":
         from tav_jax.weights import check_target
 
-        check_target(arguments.out)
+        processes.same({"--out": arguments.out, "--step": arguments.step})
+        processes.from_first("looking at --out", lambda: check_target(arguments.out) and None)
         job.restore(arguments.step).save_pretrained(arguments.out)
-        print(f"Wrote {arguments.out}.")
+        if processes.is_first():
+            print(f"Wrote {arguments.out}.")
         return 0
     from tav_jax import config
     from tav_jax.edit import edit
@@ -185,7 +189,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         suffix=".gif" if arguments.gif else ".mp4",
         force=arguments.force,
     )
-    print("\n".join(f"Wrote {path}" for path in paths))
+    if processes.is_first():
+        print("\n".join(f"Wrote {path}" for path in paths))
     return 0
 
 
@@ -196,19 +201,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments, rest)
     except TavError as error:
-        print(f"tav: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            "tav: the disk is full; what was finished is whole. Make room and run the same command again.",
-            file=sys.stderr,
-        )
-        return TavError.exit_code
+        return stop(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("tav: stopped", file=sys.stderr)
-        return 130
+        return stop("stopped", 130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return stop("the disk is full; what was finished is whole. Make room and run the same command again.", 2)
+        if lost := processes.loss(5.0):  # a program broke because another process has gone
+            return stop(lost, LostError.exit_code)
+        raise
+
+
+def stop(sentence: str, code: int) -> int:
+    """One sentence for the person at the terminal, and for the other processes if there are any."""
+    print(f"tav: {sentence}", file=sys.stderr)
+    processes.leave(sentence, code)
+    return code
 
 
 def entry() -> None:

@@ -3,18 +3,17 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tav_jax import memory, prompts
+from tav_jax import memory, processes, prompts
 from tav_jax.errors import InputError
 from tav_jax.pipeline import Edit, TuneAVideo
 from tav_jax.progress import counter, progress_bar
-from tav_jax.run import Run, load_clip, say
+from tav_jax.run import Run, load_clip, publish_video, say
 from tav_jax.video import Clip
 from tav_jax.workdir import Workdir
 
@@ -35,13 +34,14 @@ def edit(
     e = run.config.edit
     if not texts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
+    asked = {"prompts": list(texts), "out": out, "inversion": inversion, "seeds": list(seeds), "suffix": suffix}
+    processes.same({**asked, "force": force, **{f"edit.{name}": value for name, value in e.items()}})
     targets = _targets(texts, seeds if not inversion else (None,), suffix)
-    folder = Workdir(out).usable() if out else run.workdir
+    folder = Workdir(out) if out else run.workdir
     place = "" if out else "edits/"
     together = place + prompts.file_names(["side by side " + ", ".join(texts)])[0] + suffix
-    taken = [name for name in (*(place + target for _, _, target in targets), together) if (folder / name).exists()]
-    if taken and not force:
-        raise InputError(f"{folder / taken[0]} exists already; add --force to overwrite, or give another --out")
+    names = (*(place + target for _, _, target in targets), together)
+    processes.from_first("looking for edits", lambda: check_free(folder, () if force else names))
 
     clip = load_clip(run.config)
     tav = run.restore()
@@ -53,12 +53,18 @@ def edit(
         chosen = [text for text, at, _ in targets if at == seed]
         edits += sample_in_batches(tav, chosen, start, e)
 
-    written = []
+    written = []  # where process 0 writes
     for made, (_, _, target) in zip(edits, targets, strict=True):
-        _write(folder, Clip(made.frames, made.fps, made.audio), place + target)
+        publish_video(folder, Clip(made.frames, made.fps, made.audio), place + target)
         written.append(str(folder / (place + target)))
-    _write(folder, side_by_side(clip, edits, run.config.clip.prompt), together)
+    publish_video(folder, side_by_side(clip, edits, run.config.clip.prompt), together)
     return [*written, str(folder / together)]
+
+
+def check_free(folder: Workdir, names: Sequence[str]) -> None:
+    folder.usable()
+    if taken := [name for name in names if (folder / name).exists()]:
+        raise InputError(f"{folder / taken[0]} exists already; add --force to overwrite, or give another --out")
 
 
 def _targets(texts: Sequence[str], seeds: Sequence[int | None], suffix: str) -> list[tuple[str, int | None, str]]:
@@ -75,7 +81,7 @@ def sample_in_batches(tav: TuneAVideo, texts: Sequence[str], start: Any, e: Any)
     """All prompts, as many at once as memory allows; the last batch is filled up, so that one program does for all."""
     _, frames, height, width, _ = start.shape
     need = memory.need(tav.parts.unet.config, frames, height, width, frozen=0, trained=0, itemsize=tav.dtype.itemsize)
-    size = memory.prompts_at_once(len(texts), need.sampling)
+    size = min(processes.everyones("sharing out the prompts", memory.prompts_at_once(len(texts), need.sampling)))
     edits: list[Edit] = []
     with progress_bar(-(-len(texts) // size) * e.steps, "sampling") as bar:
         for begin in range(0, len(texts), size):
@@ -108,17 +114,19 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip) -> Any:
     }
     key = hashlib.blake2b(json.dumps(depends, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
     name = f"inversions/{key}.npz"
-    if (kept := _read_noise(run.workdir, name)) is not None:
+    kept = _read_noise(run.workdir, name)
+    if not processes.agree(kept is None):
         say(f"Reusing the inversion in {run.workdir / name}.")
         return kept
     with progress_bar(steps, "inverting") as bar:
         noise = tav.invert(clip, steps=steps, progress=counter(bar))
-    scratch = run.workdir.scratch(name)
-    try:
-        np.savez(scratch, noise=np.asarray(noise))
-        run.workdir.publish(scratch, name)
-    finally:
-        scratch.unlink(missing_ok=True)
+    if processes.is_first():
+        scratch = run.workdir.scratch(name)
+        try:
+            np.savez(scratch, noise=np.asarray(noise))
+            run.workdir.publish(scratch, name)
+        finally:
+            scratch.unlink(missing_ok=True)
     say(f"Inverted the clip in {steps} steps; kept in {run.workdir / name}.")
     return noise
 
@@ -170,12 +178,3 @@ def caption(text: str, width: int, lines: int = 4) -> np.ndarray:
     for i, row in enumerate(rows):
         draw.text((4, 4 + i * line), row, fill="black", font=font)
     return np.asarray(picture)
-
-
-def _write(folder: Workdir, clip: Clip, name: str) -> None:
-    scratch = folder.scratch(name)
-    try:
-        clip.save(scratch)
-        folder.publish(Path(scratch), name)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -23,3 +23,9 @@ class MissingError(TavError, FileNotFoundError):
 
 class WeightsError(TavError, ValueError):
     """Weights that do not fit: a damaged file, another family, missing or misshapen tensors."""
+
+
+class LostError(TavError, RuntimeError):
+    """Another process of the same run has stopped, or is not where the others are."""
+
+    exit_code = 1

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tav_jax import processes
 from tav_jax.errors import MissingError
 from tav_jax.workdir import Workdir
 
@@ -26,7 +29,8 @@ def check_installed(*, tensorboard: bool, wandb: str) -> None:
 
 
 class Metrics:
-    """One line a step, each step once: lines past `step`, left by a run that was stopped, are dropped."""
+    """One line a step, each step once: lines past `step`, left by a run that was stopped, are dropped. Of several
+    processes the first one writes."""
 
     def __init__(self, workdir: Workdir, step: int, *, tensorboard: bool = False, wandb: str = "", config: Any = None):
         self.workdir = workdir
@@ -35,9 +39,12 @@ class Metrics:
         self.local = workdir.local / FILE
         if workdir.remote:
             self.local.write_text("".join(line + "\n" for line in kept))
-        self.file = self.local.open("a", buffering=1)
+        self.writes = processes.is_first()
+        self.file = (self.local if self.writes else Path(os.devnull)).open("a", buffering=1)
         self.before = time.perf_counter()
         self.board = self.wandb = None
+        if not self.writes:
+            return
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -72,7 +79,7 @@ class Metrics:
 
     def publish(self) -> None:
         """In a bucket, put the lines so far in place: a bucket cannot append."""
-        if self.workdir.remote:
+        if self.workdir.remote and self.writes:
             self.file.flush()
             (self.workdir / FILE).write_bytes(self.local.read_bytes())
             if self.board:

@@ -9,6 +9,7 @@ tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).sa
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import kernels, programs, prompts, sharding, training, weights
+from tav_jax import kernels, processes, programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
@@ -52,8 +53,9 @@ class Edit:
     audio: Any = None
 
     def save(self, path: str | Path) -> Path:
-        """Write an MP4 or a GIF, by the name's suffix; the source's sound goes along."""
-        return Clip(self.frames, self.fps, self.audio).save(path)
+        """Write an MP4 or a GIF, by the name's suffix; the source's sound goes along. Of several processes the first
+        one writes."""
+        return Clip(self.frames, self.fps, self.audio).save(path) if processes.is_first() else Path(path)
 
 
 class TuneAVideo:
@@ -88,16 +90,18 @@ class TuneAVideo:
         official code, is taken as it is. `dtype` is that of the frozen weights and of the arithmetic; weights that can
         be tuned, those of `trainable`, stay in float32. `mesh` is (data, frames), on the first devices; by default all
         devices are used, shared out as suits a clip of `frames` frames. `kernel` computes the spatial attention: by
-        default the best for these devices, see `tav_jax.kernels`.
+        default the best for these devices, see `tav_jax.kernels`. Where there are several processes, all of them must
+        call it, and then everything else, in the same order.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         kinds = ("sparse-causal", "first-frame", "per-frame")
         if spatial_attention not in kinds:
             raise InputError(f"spatial_attention is {spatial_attention!r}; it must be one of {', '.join(kinds)}")
+        processes.join()
         try:
             devices = sharding.make(mesh, frames=frames)
-        except sharding.TooFewDevicesError as error:
+        except sharding.MeshError as error:
             raise InputError(f"{error}; the product of mesh=(data, frames) may be {jax.device_count()}") from error
         try:
             chosen = kernels.choose(kernel, jax.default_backend())
@@ -108,6 +112,7 @@ class TuneAVideo:
         )
         Schedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
         parts = weights.Pipeline.load(layout, DTYPES[dtype], exact=training.subset(trainable), seed=seed)
+        processes.same({f"the fingerprint of {source}": parts.fingerprint})
         return cls(parts, DTYPES[dtype], devices)
 
     @classmethod
@@ -132,7 +137,7 @@ class TuneAVideo:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a Diffusers-layout directory with the UNet as it is now, its keys as the official code names them."""
-        weights.save(self.parts, directory)
+        processes.from_first(f"writing {directory}", lambda: weights.save(self.parts, directory))
 
     def offload(self) -> None:
         """Move the VAE and the text encoder to the host's memory; a call that needs them takes them along."""
@@ -162,6 +167,8 @@ class TuneAVideo:
     def posterior(self, frames: Frames) -> tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]]:
         """Mean and standard deviation of the scaled latents: computed once, sampled from at each training step."""
         frames = self._checked(frames)
+        if processes.several():
+            processes.same({"the clip": hashlib.blake2b(frames.tobytes(), digest_size=8).hexdigest()})
         with self._running():
             mean, std = programs.encode_frames(
                 self.parts.vae, jnp.asarray(frames), group=self._group(len(frames), frames.shape[1:3])
@@ -230,7 +237,7 @@ class TuneAVideo:
 
     def adopt(self, learner: training.Learner) -> None:
         """Use what has been learned, for sampling and saving. Good until the learner's next step takes its buffers."""
-        nnx.update(self.parts.unet, learner.trained)
+        nnx.update(self.parts.unet, sharding.place(learner.trained, self.mesh))  # whole, where it lay in parts
 
     def _learn(self, learner: training.Learner, advance: Advance, steps: int, bar) -> Tuned:
         reports = []
@@ -397,7 +404,8 @@ class TuneAVideo:
     def _walk(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
         """In one program; where somebody wants to see it go on, in several runs of a shorter one."""
         done, paths = 0, []
-        for piece in [ladder] if progress is None else programs.in_pieces(ladder):
+        watched = processes.agree(progress is not None)  # all run the same programs, whoever looks
+        for piece in programs.in_pieces(ladder) if watched else [ladder]:
             with self._running():
                 latents, path = programs.walk_latents(
                     self.parts.unet,

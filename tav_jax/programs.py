@@ -18,7 +18,7 @@ from tav_jax.sharding import CLIP, EVERYWHERE, ROWS, pin
 @jax.jit
 def encode_text(text_encoder: ClipText, ids: Any) -> jax.Array:
     """[n, L] → [n, L, D]"""
-    return text_encoder(ids).astype(jnp.float32)
+    return pin(text_encoder(ids).astype(jnp.float32), EVERYWHERE)
 
 
 @jax.jit(static_argnames=("group",))
@@ -69,7 +69,7 @@ def walk_latents(
 
     denoiser = guided(denoise, guidance) if use_guidance else denoise
     last, path = walk(denoiser, latents, ladder, prediction, trajectory=trajectory)
-    return pin(last, EVERYWHERE), path
+    return pin(last, EVERYWHERE), None if path is None else pin(path, EVERYWHERE)
 
 
 def in_pieces(ladder: Ladder, longest: int = 5) -> Iterator[Ladder]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
+from tav_jax import processes
 
 Progress = Callable[[int], None] | bool | None
 
@@ -16,7 +16,7 @@ def progress_bar(total: int, what: str, show: bool | None = None):
     from tqdm.auto import tqdm
 
     if show is None:
-        show = jax.process_index() == 0 and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
+        show = processes.is_first() and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
     return tqdm(total=total, desc=what, disable=not show)
 
 

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from tav_jax import config as configs
-from tav_jax import memory, metrics, prompts, sharding, training
+from tav_jax import memory, metrics, processes, prompts, sharding, training
 from tav_jax.checkpoint import Checkpoints
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.pipeline import TuneAVideo
@@ -25,7 +25,7 @@ SAMPLES = {"data/man-skiing.mp4", "data/car-turn.mp4"}  # of the official reposi
 
 def say(*words: Any) -> None:
     """To the person at the terminal, or into the log: once, whatever the number of processes."""
-    if jax.process_index() == 0:
+    if processes.is_first():
         print(*words, flush=True)
 
 
@@ -64,7 +64,8 @@ class Run:
     def start_or_continue(cls, workdir: str, config: Any) -> "Run":
         """A run of this config in this folder. Of a run that is there already, only what may change may differ."""
         config = configs.validate(config)
-        folder = Workdir(workdir).usable()
+        processes.same({"--workdir": str(workdir), **dict(configs.leaves(config))})
+        folder = Workdir(workdir).usable().check_shared()
         if folder.has_run:
             kept = configs.from_json(folder.read("config.json") or "")
             if changed := configs.differences(kept, config):
@@ -76,7 +77,8 @@ class Run:
 
     @classmethod
     def open(cls, workdir: Any) -> "Run":
-        folder = Workdir(workdir).existing()
+        processes.same({"--workdir": str(workdir)})
+        folder = Workdir(workdir).check_shared().existing()
         return cls(folder, configs.from_json(folder.read("config.json") or ""))
 
     # ------------------------------------------------------------------------------------------------- restoring
@@ -135,7 +137,7 @@ class Run:
         self.workdir.write("environment.json", json.dumps(environment(), indent=2) + "\n")
         about = {"fingerprint": tav.parts.fingerprint, "config": json.loads(configs.to_json(c))}
         log = metrics.Metrics(self.workdir, first, tensorboard=c.log.tensorboard, wandb=c.log.wandb, config=c.to_dict())
-        profiler = Profiler(self.workdir, c.log.profile_step, c.log.profile_steps)
+        profiler = Profiler(self.workdir, c.log.profile_step * processes.is_first(), c.log.profile_steps)
         try:
             with progress_bar(c.train.steps, "tuning") as bar:
                 bar.update(first)
@@ -196,6 +198,9 @@ class Run:
 
 
 def publish_video(workdir: Workdir, video: Any, name: str) -> None:
+    """Put a video in its place; of several processes the first one does."""
+    if not processes.is_first():
+        return
     scratch = workdir.scratch(name)
     try:
         video.save(scratch)
@@ -223,6 +228,7 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
+        "processes": processes.count(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
     }

@@ -24,8 +24,8 @@ EVERYWHERE = P()
 USUAL_FRAMES = 24
 
 
-class TooFewDevicesError(ValueError):
-    """A mesh was asked for that is larger than the machine."""
+class MeshError(ValueError):
+    """A mesh was asked for that is larger than the machine, or that leaves a process without work."""
 
 
 def good_shape(devices: int, frames: int = USUAL_FRAMES) -> tuple[int, int]:
@@ -45,9 +45,14 @@ def make(shape: tuple[int, int] | None = None, *, frames: int = USUAL_FRAMES) ->
     over_frames = over_frames or max(1, len(devices) // data)
     wanted = data * over_frames
     if wanted > len(devices):
-        raise TooFewDevicesError(
+        raise MeshError(
             f"a mesh of {data} × {over_frames} (data × frames) needs {wanted} devices and there "
             f"{'is' if len(devices) == 1 else 'are'} {len(devices)}"
+        )
+    if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:wanted]}:
+        raise MeshError(
+            f"a mesh of {data} × {over_frames} (data × frames) has {wanted} of {len(devices)} devices, and process "
+            f"{', '.join(map(str, sorted(idle)))} has none of them"
         )
     if wanted == 1:
         return None
@@ -105,9 +110,18 @@ def place(tree: Tree, mesh: Mesh | None, *, spread: bool = False) -> Tree:
     """The arrays of a tree on the mesh: whole on every device or, with `spread`, in parts."""
     if mesh is None:
         return tree
-    return jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, parts(x, mesh) if spread else EVERYWHERE)), tree
-    )
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, parts(x, mesh) if spread else EVERYWHERE)), tree)
+
+
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if where.is_fully_addressable or not here:
+        return jax.device_put(x, where)
+    # Of a mesh that goes beyond this process, each process fills its own devices. JAX would first send every array
+    # around, to see that all processes hold the same; `TuneAVideo` compares their fingerprints instead.
+    mine = where.addressable_devices_indices_map(x.shape)
+    pieces = [jax.device_put(x if where.is_fully_replicated else x[part], device) for device, part in mine.items()]
+    return jax.make_array_from_single_device_arrays(x.shape, where, pieces)
 
 
 def parts(x: Any, mesh: Any) -> P:

@@ -9,9 +9,11 @@ place: by a rename here, by one upload there.
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from tav_jax import processes
 from tav_jax.errors import InputError, MissingError
 
 
@@ -42,18 +44,50 @@ class Workdir:
             raise InputError(f"{there} may not be written; give another folder or change its permissions")
         return self
 
+    def check_shared(self) -> "Workdir":
+        """Do all processes see what the first one writes here? Tried out, but for a bucket: all see the same."""
+        if not processes.several() or self.remote:
+            return self
+
+        there = next(place for place in (self.path, *self.path.parents) if place.exists())
+
+        def mark() -> str:
+            try:
+                handle, name = tempfile.mkstemp(prefix=".tav_jax_", dir=there)
+            except OSError:
+                return ""  # what may not be written can still be read
+            os.close(handle)
+            return Path(name).name
+
+        name = processes.from_first("looking for the folder", mark)
+        try:
+            for _ in range(25):  # a network disk may take seconds to show it
+                if (there / name).exists():
+                    break
+                time.sleep(0.2)
+            seen = processes.everyones("looking for the folder", (there / name).exists())
+        finally:
+            if processes.is_first() and name:
+                (there / name).unlink(missing_ok=True)
+        if blind := [str(number) for number, sees in enumerate(seen) if not sees]:
+            raise InputError(
+                f"process {', '.join(blind)} does not see the {self} of process 0; give a folder that all of them "
+                "share, such as one in a bucket (gs://…)"
+            )
+        return self
+
     def create(self) -> "Workdir":
         self.path.mkdir(parents=True, exist_ok=True)
         return self
 
     def existing(self) -> "Workdir":
-        if not (self.path / "config.json").exists():
+        if not self.has_run:
             raise MissingError(f"{self} holds no run (no config.json); give the --workdir of a `tav train`")
         return self
 
     @property
     def has_run(self) -> bool:
-        return (self.path / "config.json").exists()
+        return processes.from_first("looking for a run", (self.path / "config.json").exists)
 
     def __truediv__(self, name: str) -> Any:
         return self.path / name
@@ -63,7 +97,9 @@ class Workdir:
         return file.read_text() if file.exists() else None
 
     def write(self, name: str, text: str) -> None:
-        """A small file, whole or not at all."""
+        """A small file, whole or not at all; of several processes the first one writes it."""
+        if not processes.is_first():
+            return
         scratch = self.scratch(name)
         try:
             scratch.write_text(text)
