@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tav_jax.errors import InputError, MissingError
+from tav_jax import seals
+from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.training import Learner
 from tav_jax.weights import flat
 
@@ -40,29 +41,52 @@ def _unpinned(x: jax.Array) -> jax.Array:
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous: the next steps go on while files are written."""
 
-    def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_newest, keep_period=keep_every or None, enable_async_checkpointing=True
-        )
+    def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0, tidy: bool = False):
+        """Looks at what is there, before Orbax does. With `tidy`, for the one process that writes here, damaged
+        checkpoints are set aside and unfinished ones removed; `complaints` says what was found."""
         self.directory = directory
         self.begun: int | None = None  # the step whose files may still be on their way
+        found = seals.examine(directory)
+        self.complaints = [self._complaint(damage, found.newest, tidy) for damage in found.damaged]
+        self._found = found.newest
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_newest,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            cleanup_tmp_directories=tidy,
+        )
         self.manager = ocp.CheckpointManager(directory, options=options, item_names=("learner", "about"))
+
+    def _complaint(self, damage: seals.Damage, instead: int | None, tidy: bool) -> str:
+        kept = f"; it is kept as {seals.set_aside(self.directory, damage.step)}" if tidy else ""
+        return f"The checkpoint of step {damage.step} is damaged ({damage.why}){kept}. Step {instead} is used."
+
+    def _seal(self) -> None:
+        """Called by Orbax when a checkpoint's files are all written, before it renames their folder. In a bucket they
+        are written under their final name."""
+        if jax.process_index() == 0:
+            made = list(self.directory.glob(f"{self.begun}.orbax-checkpoint-tmp*"))
+            seals.put(made[0] if made else self.directory / str(self.begun))
 
     @property
     def newest(self) -> int | None:
-        return self.manager.latest_step()
+        """The newest one that is whole."""
+        return self._found if self.begun is None else self.begun
 
     def save(self, step: int, learner: Learner, about: dict[str, Any]) -> None:
-        if step in self.manager.all_steps():
+        if step == self.begun or step in self.manager.all_steps():
             return
+        self.wait()  # for the one before, as Orbax would: its seal must bear its own number
         items = ocp.args.Composite(
             learner=ocp.args.StandardSave(_tree(learner)),
             about=ocp.args.JsonSave({**about, "step": step}),
         )
+        before, self.begun = self.begun, step
         try:
             self.manager.save(step, args=items)
-            self.begun = step
         except (OSError, ValueError) as error:
+            self.begun = before
             raise self._not_written(step, error) from error
 
     def wait(self) -> None:
@@ -104,7 +128,19 @@ class Checkpoints:
         step = self.newest if step is None else step
         if step is None:
             raise MissingError(f"{self.directory} holds no checkpoint yet; run `tav train` until one is written")
-        return self.manager.restore(step, args=ocp.args.Composite(**items))
+        if (
+            step != self.newest
+            and (self.directory / str(step)).exists()
+            and (why := seals.flaw(self.directory / str(step)))
+        ):
+            raise WeightsError(f"the checkpoint of step {step} is damaged ({why}); take another")
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as error:  # one without a seal
+            there = ", ".join(map(str, sorted(self.manager.all_steps()))) or "none"
+            raise WeightsError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read ({_reason(error)}); there are: {there}"
+            ) from error
 
     def close(self) -> None:
         self.manager.close()
