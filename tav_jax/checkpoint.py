@@ -128,19 +128,17 @@ class Checkpoints:
         step = self.newest if step is None else step
         if step is None:
             raise MissingError(f"{self.directory} holds no checkpoint yet; run `tav train` until one is written")
-        if (
-            step != self.newest
-            and (self.directory / str(step)).exists()
-            and (why := seals.flaw(self.directory / str(step)))
-        ):
-            raise WeightsError(f"the checkpoint of step {step} is damaged ({why}); take another")
+        if step not in (there := sorted(self.manager.all_steps())):
+            raise MissingError(
+                f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, there))}"
+            )
+        folder = self.directory / str(step)
+        if step != self.newest and (why := seals.flaw(folder)):
+            raise WeightsError(f"the checkpoint of step {step} is damaged ({why}); take another of {self.directory}")
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, KeyError) as error:  # one without a seal
-            there = ", ".join(map(str, sorted(self.manager.all_steps()))) or "none"
-            raise WeightsError(
-                f"the checkpoint of step {step} in {self.directory} cannot be read ({_reason(error)}); there are: {there}"
-            ) from error
+            raise WeightsError(f"the checkpoint {folder} cannot be read ({_reason(error)}); it is damaged") from error
 
     def close(self) -> None:
         self.manager.close()

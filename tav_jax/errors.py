@@ -25,7 +25,7 @@ class NotFiniteError(TavError, ArithmeticError):
     """A loss, a gradient, latents or weights that are NaN or infinite."""
 
 
-class Stopped(TavError):
+class StoppedError(TavError):
     """Asked to stop, and stopped in good order: the same command continues."""
 
     exit_code = 75  # sysexits' EX_TEMPFAIL

@@ -12,7 +12,7 @@ from flax import nnx
 from tav_jax import config as configs
 from tav_jax import environment, finite, memory, metrics, prompts, sharding, training
 from tav_jax.checkpoint import Checkpoints
-from tav_jax.errors import InputError, MissingError, NotFiniteError, Stopped, WeightsError
+from tav_jax.errors import InputError, MissingError, NotFiniteError, StoppedError, WeightsError
 from tav_jax.pipeline import TuneAVideo
 from tav_jax.progress import progress_bar
 from tav_jax.stopping import Stop, told
@@ -107,7 +107,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------- training
 
     def train(self, stop: Stop | None = None) -> None:
-        """To the last step, or until `stop` is asked for: then `Stopped`."""
+        """To the last step, or until `stop` is asked for: then `StoppedError`."""
         log = self.config.log
         metrics.check_installed(tensorboard=log.tensorboard, wandb=log.wandb)
         with self.workdir.only_one():
@@ -192,7 +192,7 @@ class Run:
                         log.publish()
                         self.checkpoints.save(done, learner, about)
                     if stop.asked and done < c.train.steps:
-                        raise Stopped(told(keep()))
+                        raise StoppedError(told(keep()))
                     if self.previews_due(done):
                         preview()
             self.checkpoints.wait()
@@ -243,7 +243,7 @@ class Run:
         """Was the run stopped between a checkpoint and that step's previews? New wishes begin with the next ones."""
         if not step or not self.previews_due(step):
             return False
-        kept = configs.from_json(self.workdir.read("config.json") or "")
+        kept: Any = configs.from_json(self.workdir.read("config.json") or "")
         as_before = (kept.edit.to_dict(), kept.train.preview_every) == (
             self.config.edit.to_dict(),
             self.config.train.preview_every,
