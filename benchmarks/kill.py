@@ -114,7 +114,7 @@ def aimed(process: subprocess.Popen, workdir: Path, aim: str, after: float) -> b
             time.sleep(after)
             return process.poll() is None
         before = now
-        time.sleep(0.0005)
+        time.sleep(0.001)
     return False
 
 

@@ -94,9 +94,20 @@ def copy(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def process(code: str, *arguments) -> subprocess.Popen:
-    command = [sys.executable, "-u", "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def process():
+    """Starts Python processes; none outlives its test."""
+    started = []
+
+    def start(code: str, *arguments) -> subprocess.Popen:
+        command = [sys.executable, "-u", "-c", code, *map(str, arguments)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
 
 
 # ----------------------------------------------------------------------------------------------------------- kills
@@ -207,7 +218,7 @@ with Stop() as stop:
         ("slow", (signal.SIGINT, signal.SIGINT), 130, "stopped at once"),
     ],
 )
-def test_a_stop_is_heard_whatever_is_going_on(tmp_path, what, signals, status, said):
+def test_a_stop_is_heard_whatever_is_going_on(process, tmp_path, what, signals, status, said):
     child = process(LISTENER, what, tmp_path / "file")
     assert child.stdout
     for number in signals:
@@ -378,7 +389,7 @@ with only_one(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_in_one_folder_says_who_is_there_and_a_killed_one_does_not_block(copy, settings):
+def test_a_second_run_in_one_folder_says_who_is_there_and_a_killed_one_does_not_block(process, copy, settings):
     holder = process(HOLDER, copy)
     assert holder.stdout
     holder.stdout.readline()
@@ -545,7 +556,7 @@ for x in (tuned.losses, noise, edit.latents, edit.frames, free.latents):
 """
 
 
-def test_two_processes_give_the_same_bits():
+def test_two_processes_give_the_same_bits(process):
     told = []
     for _ in range(2):
         child = process(ONCE, MODEL)
