@@ -158,21 +158,25 @@ def test_a_clips_own_scratch_file_is_known_by_its_name(tmp_path, monkeypatch):
 
 
 def test_previews_that_a_kill_took_are_made_when_the_run_goes_on(settings, tmp_path, monkeypatch):
-    config = settings(train__steps=4, train__preview_every=2)
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
+    config, real = settings(train__steps=4, train__preview_every=2), run.publish_video
     for step in (2, 4):  # in the middle, and at the end, where the run could be taken for finished
-        with monkeypatch.context() as patch:
-            patch.setattr(run, "publish_video", killed)
-            with pytest.raises(KeyboardInterrupt):
-                train(tmp_path / "run", config)
-        while not (tmp_path / f"run/checkpoints/{step}").exists():
-            time.sleep(0.05)  # it is written in the background
-    assert [x.name for x in (tmp_path / "run/previews").iterdir()] == ["step_000002"]
+
+        def killed(workdir, video, name, at=f"step_{step:06d}"):
+            if at in name:
+                raise KeyboardInterrupt
+            real(workdir, video, name)
+
+        monkeypatch.setattr(run, "publish_video", killed)
+        job = Run.start_or_continue(str(tmp_path / "run"), config)
+        with pytest.raises(KeyboardInterrupt):
+            job.train()
+        job.checkpoints.wait()
+        assert job.checkpoints.newest == step
+        assert not (tmp_path / f"run/previews/step_{step:06d}").exists()
+    monkeypatch.undo()
     train(tmp_path / "run", config)
-    assert sorted(x.name for x in (tmp_path / "run/previews").iterdir()) == ["step_000002", "step_000004"]
+    files = [f"run/previews/step_{step:06d}/blue-square.mp4" for step in (2, 4)]
+    assert all((tmp_path / file).exists() for file in files)
     assert "is finished" in train(tmp_path / "run", config)
     assert [step for step, _ in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
