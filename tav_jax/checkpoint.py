@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tav_jax import processes
-from tav_jax.errors import InputError, MissingError
+from tav_jax import processes, seals
+from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.training import Learner
 from tav_jax.weights import flat
 
@@ -41,29 +41,55 @@ def _unpinned(x: jax.Array) -> jax.Array:
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous: the next steps go on while files are written."""
 
-    def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_newest, keep_period=keep_every or None, enable_async_checkpointing=True
-        )
+    def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0, tidy: bool = False):
+        """Looks at what is there, before Orbax does. With `tidy`, for the one process that writes here, damaged
+        checkpoints are set aside and unfinished ones removed; `complaints` says what was found."""
         self.directory = directory
         self.begun: int | None = None  # the step whose files may still be on their way
+        self._found, self.complaints = processes.from_first("looking at the checkpoints", lambda: self._examine(tidy))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_newest,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            cleanup_tmp_directories=tidy,
+        )
         self.manager = ocp.CheckpointManager(directory, options=options, item_names=("learner", "about"))
+
+    def _examine(self, tidy: bool) -> list[Any]:
+        """The newest checkpoint that is whole, and what is to be said of the others."""
+        found = seals.examine(self.directory)
+        return [found.newest, [self._complaint(damage, found.newest, tidy) for damage in found.damaged]]
+
+    def _complaint(self, damage: seals.Damage, instead: int | None, tidy: bool) -> str:
+        kept = f"; it is kept as {seals.set_aside(self.directory, damage.step)}" if tidy else ""
+        return f"The checkpoint of step {damage.step} is damaged ({damage.why}){kept}. Step {instead} is used."
+
+    def _seal(self) -> None:
+        """Called by Orbax when a checkpoint's files are all written, before it renames their folder. In a bucket they
+        are written under their final name."""
+        if jax.process_index() == 0:
+            made = list(self.directory.glob(f"{self.begun}.orbax-checkpoint-tmp*"))
+            seals.put(made[0] if made else self.directory / str(self.begun))
 
     @property
     def newest(self) -> int | None:
-        return processes.from_first("looking for the newest checkpoint", self.manager.latest_step)
+        """The newest one that is whole."""
+        return self._found if self.begun is None else self.begun
 
     def save(self, step: int, learner: Learner, about: dict[str, Any]) -> None:
-        if step in self.manager.all_steps():
+        if step == self.begun or step in self.manager.all_steps():
             return
+        self.wait()  # for the one before, as Orbax would: its seal must bear its own number
         items = ocp.args.Composite(
             learner=ocp.args.StandardSave(_tree(learner)),
             about=ocp.args.JsonSave({**about, "step": step}),
         )
+        before, self.begun = self.begun, step
         try:
             self.manager.save(step, args=items)
-            self.begun = step
         except (OSError, ValueError) as error:
+            self.begun = before
             raise self._not_written(step, error) from error
 
     def wait(self) -> None:
@@ -105,7 +131,17 @@ class Checkpoints:
         step = self.newest if step is None else step
         if step is None:
             raise MissingError(f"{self.directory} holds no checkpoint yet; run `tav train` until one is written")
-        return self.manager.restore(step, args=ocp.args.Composite(**items))
+        if step not in (there := sorted(self.manager.all_steps())):
+            raise MissingError(
+                f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, there))}"
+            )
+        folder = self.directory / str(step)
+        if step != self.newest and (why := seals.flaw(folder)):
+            raise WeightsError(f"the checkpoint of step {step} is damaged ({why}); take another of {self.directory}")
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as error:  # one without a seal
+            raise WeightsError(f"the checkpoint {folder} cannot be read ({_reason(error)}); it is damaged") from error
 
     def close(self) -> None:
         self.manager.close()

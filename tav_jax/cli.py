@@ -1,7 +1,7 @@
 """The command `tav`. No logic here: it reads the command line and calls the rooms that do the work.
 
-Exit status: 0 done, 1 an error of ours, 2 something to mend on the command line, in the config or in a file, 130
-stopped with Ctrl-C.
+Exit status: 0 done, 1 an error of ours, 2 something to mend on the command line, in the config or in a file, 75 stopped
+by SIGTERM or Ctrl-C in good order (the same command continues), 130 stopped at once by Ctrl-C.
 """
 
 import argparse
@@ -9,17 +9,27 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tav_jax import __version__, processes
 from tav_jax.errors import InputError, LostError, MissingError, TavError
+from tav_jax.stopping import Stop
 
 DESCRIPTION = "One-shot video tuning on JAX: one clip and one sentence in, edited clips out."
 SETTINGS = """\
 settings:
   --config=FILE.py             a file with a get_config(); without it the paper's settings are used
+  --config=RUN/config.json     the settings that a run has kept, to make it again in another --workdir
   --config.NAME=VALUE          one setting, such as --config.clip.path=man.mp4 --config.clip.prompt="a man is skiing"
                                --config.train.steps=300 --config.edit.prompts="('spider man is skiing',)"
+"""
+STATUS = """
+exit status:
+  0    finished
+  2    something to mend, said in one sentence
+  75   stopped by SIGTERM or Ctrl-C after the step under way, with a checkpoint: run the same line again to continue
+  130  stopped at once by a second Ctrl-C; what is in finished checkpoints is kept
 """
 EXAMPLES = """\
 examples:
@@ -52,10 +62,16 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="learn a clip's motion; the same line again continues",
         description="Learn a clip's motion. The same line again continues, or says that the run is finished.",
-        epilog=SETTINGS,
+        epilog=SETTINGS + STATUS,
         formatter_class=raw,
     )
     train.add_argument("--workdir", required=True, help="the run's folder, here or in a bucket (gs://…)")
+
+    train.add_argument(
+        "--debug-nans",
+        action="store_true",
+        help="check every operation, slowly, and name the first whose result is not a number",
+    )
 
     edit = commands.add_parser(
         "edit",
@@ -100,14 +116,19 @@ def read_config(arguments: Sequence[str]) -> Any:
     names = [a.removeprefix("--config.").split("=")[0] for a in arguments if a.startswith("--config.")]
     if complaints := config.unknown(names):
         raise InputError("; ".join(complaints))
-    path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
+    path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), "")
     if path and not os.path.isfile(path.split(":")[0]):
         raise MissingError(f"{path} does not exist; give a config file such as configs/default.py")
     arguments = [_one_text_is_a_list(a, dict(config.leaves(config.get_config()))) for a in arguments]
     values = flags.FlagValues()
     before, sys.argv = sys.argv, ["tav", *arguments]  # where ml_collections looks for overrides
     try:
-        config_flags.DEFINE_config_file("config", path or config.__file__, flag_values=values)
+        if path.endswith(".json"):
+            sys.argv = [a for a in sys.argv if not a.startswith("--config=")]
+            kept = config.from_json(Path(path).read_text())
+            config_flags.DEFINE_config_dict("config", kept, flag_values=values)
+        else:
+            config_flags.DEFINE_config_file("config", path or config.__file__, flag_values=values)
         values(sys.argv)
         return config.validate(values.config)
     except TavError:
@@ -144,6 +165,9 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
         return doctor.report()
     hush()
+    if arguments.command == "train":
+        with Stop() as stop:  # before anything slow is imported
+            return train(arguments, rest, stop)
     from tav_jax import cache
 
     cache.enable()
@@ -155,12 +179,6 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         demo(arguments.out, arguments.prompt, chosen, number=arguments.clip)
         return 0
     processes.join()
-    if arguments.command == "train":
-        settings = read_config(rest)
-        from tav_jax.run import Run
-
-        Run.start_or_continue(arguments.workdir, settings).train()
-        return 0
     from tav_jax.run import Run
 
     job = Run.open(arguments.workdir)
@@ -194,6 +212,21 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def train(arguments: argparse.Namespace, rest: Sequence[str], stop: Stop) -> int:
+    processes.join()
+    settings = read_config(rest)
+    from tav_jax import cache
+    from tav_jax.run import Run
+
+    cache.enable()
+    if arguments.debug_nans:
+        import jax
+
+        jax.config.update("jax_debug_nans", True)
+    Run.start_or_continue(arguments.workdir, settings).train(stop)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.command != "train":
@@ -201,18 +234,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments, rest)
     except TavError as error:
-        return stop(str(error), error.exit_code)
+        return end(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return stop("stopped", 130)
+        return end("stopped", 130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return stop("the disk is full; what was finished is whole. Make room and run the same command again.", 2)
+            return end("the disk is full; what was finished is whole. Make room and run the same command again.", 2)
         if lost := processes.loss(5.0):  # a program broke because another process has gone
-            return stop(lost, LostError.exit_code)
+            return end(lost, LostError.exit_code)
         raise
 
 
-def stop(sentence: str, code: int) -> int:
+def end(sentence: str, code: int) -> int:
     """One sentence for the person at the terminal, and for the other processes if there are any."""
     print(f"tav: {sentence}", file=sys.stderr)
     processes.leave(sentence, code)

@@ -178,7 +178,12 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    return validate(ConfigDict(json.loads(text)))
+    try:
+        return validate(ConfigDict(json.loads(text)))
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the kept config is not JSON of a config ({error}); bring config.json back") from error
 
 
 def differences(before: Any, now: Any) -> list[str]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
 
+from tav_jax import environment
+
 
 class Finding(NamedTuple):
     good: bool
@@ -15,7 +17,10 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-NEEDED = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "av", "imageio", "ml_collections")
+NEEDED = (
+    *(name for name in environment.PACKAGES if name != "tav_jax"),  # what a run writes down
+    *("safetensors", "imageio", "ml_collections"),
+)
 # package → what it is for, the extra that brings it
 OPTIONAL = {
     "torch": ("reads .bin weights", "torch"),
@@ -27,6 +32,8 @@ OPTIONAL = {
 
 def examine() -> Iterator[Finding]:
     yield Finding(True, f"Python {platform.python_version()} on {platform.platform()}")
+    if commit := environment.commit():
+        yield Finding(True, f"tav_jax from the git commit {commit}")
     for name in NEEDED:
         yield _package(name)
     for name, (use, extra) in OPTIONAL.items():
@@ -36,6 +43,8 @@ def examine() -> Iterator[Finding]:
         else:
             yield Finding(True, f"{name} is not installed: optional, {use}", f"pip install 'tav_jax[{extra}]'")
     yield from _devices()
+    for name, value in environment.flags().items():
+        yield Finding(True, f"{name} is set: {value}")
     yield _encoder()
     yield from _model()
 

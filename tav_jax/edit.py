@@ -13,7 +13,7 @@ from tav_jax import memory, processes, prompts
 from tav_jax.errors import InputError
 from tav_jax.pipeline import Edit, TuneAVideo
 from tav_jax.progress import counter, progress_bar
-from tav_jax.run import Run, load_clip, publish_video, say
+from tav_jax.run import Run, digest, load_clip, publish_video, say
 from tav_jax.video import Clip
 from tav_jax.workdir import Workdir
 
@@ -105,7 +105,7 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip) -> Any:
     """The clip's noise, kept in the run's folder and used again while nothing that it depends on changes."""
     steps, step = run.config.edit.inversion_steps, run.checkpoints.newest
     depends = {
-        "frames": hashlib.blake2b(clip.frames.tobytes(), digest_size=16).hexdigest(),
+        "frames": digest(clip),
         "shape": clip.frames.shape,
         "base": tav.parts.fingerprint,
         "checkpoint": step,

@@ -21,6 +21,16 @@ class MissingError(TavError, FileNotFoundError):
         return str(self.args[0]) if self.args else ""
 
 
+class NotFiniteError(TavError, ArithmeticError):
+    """A loss, a gradient, latents or weights that are NaN or infinite."""
+
+
+class StoppedError(TavError):
+    """Asked to stop, and stopped in good order: the same command continues."""
+
+    exit_code = 75  # sysexits' EX_TEMPFAIL
+
+
 class WeightsError(TavError, ValueError):
     """Weights that do not fit: a damaged file, another family, missing or misshapen tensors."""
 

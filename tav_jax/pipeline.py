@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import kernels, processes, programs, prompts, sharding, training, weights
+from tav_jax import finite, kernels, processes, programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
@@ -348,6 +348,7 @@ class TuneAVideo:
         text = self.encode_text(prompt)
         with shown(progress, steps, "inverting") as report:
             last, trajectory = self._walk(latents, text, ladder, None, return_trajectory, report)
+        finite.check_walk("the inversion", last, self.dtype.name)
         return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
 
     def sample(
@@ -386,12 +387,16 @@ class TuneAVideo:
         with shown(progress, steps, "sampling") as report:
             strength = guidance if use_guidance else None
             last, trajectory = self._walk(latents, text, ladder, strength, return_trajectory, report)
+        finite.check_walk("sampling", last, self.dtype.name)
         edits = []
         for i, text_of in enumerate(texts):
             pixels = np.asarray(self.decode_video(last[i : i + 1]))[0]  # [F, H, W, 3]
+            finite.check_walk("the VAE", pixels, self.dtype.name)
+            video = np.rint(pixels * 255).astype(np.uint8)
+            finite.warn_if_flat(video, text_of)
             edits.append(
                 Edit(
-                    frames=np.rint(pixels * 255).astype(np.uint8),
+                    frames=video,
                     fps=fps or (self.source.fps if self.source else 8.0),
                     prompt=text_of,
                     latents=last[i : i + 1],

@@ -1,22 +1,22 @@
 """`tav train`, on one page: check, load, encode once, learn, keep, preview."""
 
+import contextlib
 import functools
+import hashlib
 import json
-import platform
-import sys
-import time
-from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
 from tav_jax import config as configs
-from tav_jax import memory, metrics, processes, prompts, sharding, training
+from tav_jax import environment, finite, memory, metrics, processes, prompts, sharding, training
 from tav_jax.checkpoint import Checkpoints
-from tav_jax.errors import InputError, MissingError, WeightsError
+from tav_jax.errors import InputError, MissingError, NotFiniteError, StoppedError, WeightsError
 from tav_jax.pipeline import TuneAVideo
 from tav_jax.progress import progress_bar
+from tav_jax.stopping import Stop, told
 from tav_jax.video import Clip, load_video
 from tav_jax.workdir import Workdir
 
@@ -53,12 +53,18 @@ class Run:
     def __init__(self, workdir: Workdir, config: Any):
         self.workdir = workdir
         self.config: Any = config
+        self.trains = False  # and so may tidy up
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
         """Opened when first needed: opening makes their folder."""
         t = self.config.train
-        return Checkpoints(self.workdir / "checkpoints", keep_newest=t.keep_newest, keep_every=t.keep_every)
+        found = Checkpoints(
+            self.workdir / "checkpoints", keep_newest=t.keep_newest, keep_every=t.keep_every, tidy=self.trains
+        )
+        for complaint in found.complaints:
+            say(complaint)
+        return found
 
     @classmethod
     def start_or_continue(cls, workdir: str, config: Any) -> "Run":
@@ -103,11 +109,20 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def train(self) -> None:
+    def train(self, stop: Stop | None = None) -> None:
+        """To the last step, or until `stop` is asked for: then `StoppedError`."""
+        log = self.config.log
+        metrics.check_installed(tensorboard=log.tensorboard, wandb=log.wandb)
+        with self.workdir.only_one():
+            self.workdir.sweep()
+            self.trains = True
+            self._train(stop or Stop())
+
+    def _train(self, stop: Stop) -> None:
         c = self.config
-        metrics.check_installed(tensorboard=c.log.tensorboard, wandb=c.log.wandb)
         first = (self.checkpoints.newest or 0) if self.workdir.has_run else 0
-        if first >= c.train.steps:
+        owed = processes.from_first("looking for previews", lambda: self.owes_previews(first))
+        if first >= c.train.steps and not owed:
             say(f"{self.workdir} is finished: {first} steps of {c.train.steps}. Edit with `tav edit --workdir=…`.")
             return
 
@@ -115,6 +130,7 @@ class Run:
         tav = TuneAVideo.from_config(c)
         tav.source = clip
         posterior, text = tav.posterior(clip), tav.encode_text(c.clip.prompt)
+        finite.check_inputs(posterior, text, c.model.dtype)
         learner, advance = tav.tuning(
             posterior,
             text,
@@ -134,32 +150,72 @@ class Run:
 
         self.workdir.create()
         self.workdir.write("config.json", configs.to_json(c))
-        self.workdir.write("environment.json", json.dumps(environment(), indent=2) + "\n")
         about = {"fingerprint": tav.parts.fingerprint, "config": json.loads(configs.to_json(c))}
+        self.note_environment({"began_at": first, "base": tav.parts.fingerprint, "clip": digest(clip)})
         log = metrics.Metrics(self.workdir, first, tensorboard=c.log.tensorboard, wandb=c.log.wandb, config=c.to_dict())
         profiler = Profiler(self.workdir, c.log.profile_step * processes.is_first(), c.log.profile_steps)
+        suspects = {"dtype": c.model.dtype, "learning_rate": c.train.learning_rate}
+        done, ending = first, False
+
+        def kept(done: int) -> bool:
+            return ending or due(done, c.train.checkpoint_every) or done == c.train.steps
+
+        def settle(done: int) -> bool:
+            nonlocal ending
+            ending = processes.agree(stop.asked)  # all end after the same step
+            return kept(done) or self.previews_due(done)
+
+        def keep() -> str:
+            """What has been learned so far, on the disk."""
+            self.checkpoints.save(done, learner, about)
+            self.checkpoints.wait()
+            return f"at step {done} of {c.train.steps}"
+
+        def preview() -> None:
+            tav.adopt(learner)
+            # One process of several cannot write a checkpoint by itself: there, the end comes with the next step.
+            with contextlib.nullcontext() if processes.several() else stop.meanwhile(keep):
+                self.preview(tav, posterior[0], done, log)
+
         try:
+            if owed:
+                preview()
             with progress_bar(c.train.steps, "tuning") as bar:
                 bar.update(first)
-                for progress in training.loop(advance, learner, first, c.train.steps):
+                for progress in training.loop(advance, learner, first, c.train.steps, settle=settle):
+                    stop.steps_begin()
                     done, learner = progress.done, progress.learner
                     for step, report in progress.reports:
                         values = {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
+                        finite.check_report(step, values, **suspects)
                         log.write(step, values)
                         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
                         bar.update()
                     profiler.after(done)
-                    if due(done, c.train.checkpoint_every) or done == c.train.steps:
-                        self.checkpoints.save(done, learner, about)
+                    if not progress.settled:
+                        continue
+                    finite.check_learner(done, learner, **suspects)
+                    if kept(done):
                         log.publish()
-                    if due(done, c.train.preview_every) and c.edit.prompts:
-                        tav.adopt(learner)
-                        self.preview(tav, posterior[0], done, log)
+                        self.checkpoints.save(done, learner, about)
+                    if ending and done < c.train.steps:
+                        raise StoppedError(told(keep()))
+                    if self.previews_due(done):
+                        preview()
             self.checkpoints.wait()
+        except FloatingPointError as error:  # with --debug-nans
+            raise finite.operation(error, done + 1) from error
         finally:
             profiler.close()
             log.close()
         say(f"Tuned for {c.train.steps} steps. Edit with `tav edit --workdir={self.workdir} --prompt=…`.")
+
+    def note_environment(self, more: dict[str, Any]) -> None:
+        """What this part of the run is made with, beside what the parts before it were made with."""
+        before = json.loads(self.workdir.read("environment.json") or "{}")
+        parts = before.pop("earlier", []) + ([before] if before else [])
+        now = {**environment.facts(), **more, "earlier": parts}
+        self.workdir.write("environment.json", json.dumps(now, indent=2) + "\n")
 
     def outlook(self, tav: TuneAVideo, clip: Clip, learner: training.Learner, first: int) -> str:
         """What will happen, in one line, before anything long begins."""
@@ -184,17 +240,36 @@ class Run:
             f"{need.tuning / 2**30:.2f} GiB of its memory; results go to {self.workdir}."
         )
 
+    def previews_due(self, step: int) -> bool:
+        return due(step, self.config.train.preview_every) and bool(self.config.edit.prompts)
+
+    def preview_files(self, step: int) -> list[str]:
+        return [f"previews/step_{step:06d}/{name}.mp4" for name in prompts.file_names(self.config.edit.prompts)]
+
+    def owes_previews(self, step: int) -> bool:
+        """Was the run stopped between a checkpoint and that step's previews? New wishes begin with the next ones."""
+        if not step or not self.previews_due(step):
+            return False
+        kept: Any = configs.from_json(self.workdir.read("config.json") or "")
+        as_before = (kept.edit.to_dict(), kept.train.preview_every) == (
+            self.config.edit.to_dict(),
+            self.config.train.preview_every,
+        )
+        return as_before and not all((self.workdir / file).exists() for file in self.preview_files(step))
+
     def preview(self, tav: TuneAVideo, latents: jax.Array, step: int, log: metrics.Metrics) -> None:
         """The edit prompts from the inverted clip, with the weights of this moment."""
         e = self.config.edit
-        noise = tav.invert(latents, steps=e.inversion_steps)
-        for prompt, name in zip(e.prompts, prompts.file_names(e.prompts), strict=True):
-            edit = tav.sample(
-                prompt, latents=noise, steps=e.steps, guidance=e.guidance, negative_prompt=e.negative_prompt
-            )
-            file = f"previews/step_{step:06d}/{name}.mp4"
-            publish_video(self.workdir, edit, file)
-            log.preview(step, name, edit.frames)
+        try:
+            noise = tav.invert(latents, steps=e.inversion_steps)
+            for prompt, file in zip(e.prompts, self.preview_files(step), strict=True):
+                edit = tav.sample(
+                    prompt, latents=noise, steps=e.steps, guidance=e.guidance, negative_prompt=e.negative_prompt
+                )
+                publish_video(self.workdir, edit, file)
+                log.preview(step, Path(file).stem, edit.frames)
+        except NotFiniteError as error:  # the tuning itself is sound
+            say(f"There is no preview at step {step}: {error}")
 
 
 def publish_video(workdir: Workdir, video: Any, name: str) -> None:
@@ -209,29 +284,12 @@ def publish_video(workdir: Workdir, video: Any, name: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def digest(clip: Clip) -> str:
+    return hashlib.blake2b(clip.frames.tobytes(), digest_size=16).hexdigest()
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on besides its config."""
-    packages = ("tav_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "av")
-    versions: dict[str, str] = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            versions[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": versions,
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "processes": processes.count(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-    }
 
 
 class Profiler:

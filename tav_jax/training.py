@@ -172,13 +172,21 @@ class Progress(NamedTuple):
     done: int
     learner: Learner
     reports: list[tuple[int, Report]]
+    settled: bool  # all reports up to this step have come in
 
 
 def loop(
-    advance: Callable[[Learner, int], tuple[Learner, Report]], learner: Learner, first: int, last: int, *, lag: int = 2
+    advance: Callable[[Learner, int], tuple[Learner, Report]],
+    learner: Learner,
+    first: int,
+    last: int,
+    *,
+    lag: int = 2,
+    settle: Callable[[int], bool] = lambda done: False,
 ) -> Iterator[Progress]:
     """Steps `first` to `last` − 1. A step's report is read when `lag` more are under way, so that no log line stalls
-    the device; with the last step all that are left come.
+    the device; with the last step, and with those that `settle` names, all that are left come: what is kept must have
+    been looked at.
 
     A yielded learner is good until the next step is asked for, which takes its buffers.
     """
@@ -186,8 +194,8 @@ def loop(
     for step in range(first, last):
         learner, report = advance(learner, step)
         waiting.append((step + 1, report))
-        ready = []
-        while waiting and (len(waiting) > lag or step == last - 1):
+        ready, settled = [], step == last - 1 or settle(step + 1)
+        while waiting and (settled or len(waiting) > lag):
             number, oldest = waiting.popleft()
             ready.append((number, jax.device_get(oldest)))
-        yield Progress(step + 1, learner, ready)
+        yield Progress(step + 1, learner, ready, settled)

@@ -6,15 +6,23 @@ place: by a rename here, by one upload there.
     config.json  metrics.jsonl  checkpoints/  previews/  inversions/  edits/
 """
 
+import contextlib
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
-from tav_jax import processes
+from tav_jax import lock, processes
 from tav_jax.errors import InputError, MissingError
+
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+SCRATCH = re.compile(r"\.+([0-9a-f]{8})-(\d+)\..+")  # a second dot in front: what a clip writes on its way there
+LONG_AGO = 24 * 3600  # seconds: no file takes longer to be made
 
 
 def bucket(path: str) -> Any:
@@ -80,6 +88,23 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         return self
 
+    def only_one(self) -> contextlib.AbstractContextManager[None]:
+        """Held while a run writes here, by the process that does. Buckets cannot lock; see `lock`."""
+        locked = not self.remote and processes.is_first()
+        return lock.only_one(self.path) if locked else contextlib.nullcontext()
+
+    def sweep(self) -> None:
+        """Remove the scratch files of processes that are no more. Another machine's processes cannot be seen, so theirs
+        go when they are old; those of a `tav edit` that is at work stay."""
+        if self.remote or not processes.is_first():
+            return
+        for place, folders, files in os.walk(self.path):
+            if Path(place) == self.path and "checkpoints" in folders:
+                folders.remove("checkpoints")  # Orbax sees to its own
+            for name in files:
+                if (made_by := SCRATCH.fullmatch(name)) and _is_left_over(Path(place, name), *made_by.groups()):
+                    Path(place, name).unlink(missing_ok=True)
+
     def existing(self) -> "Workdir":
         if not self.has_run:
             raise MissingError(f"{self} holds no run (no config.json); give the --workdir of a `tav train`")
@@ -112,10 +137,12 @@ class Workdir:
         """Where a file that will be published as `name` is made: a hidden one beside it."""
         final = self.local / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        return final.with_name(f".{final.stem}.{os.getpid()}{final.suffix}")
+        return final.with_name(f".{HOST}-{os.getpid()}.{final.name}")
 
     def publish(self, file: Path, name: str) -> None:
         if not self.remote:
+            with open(file, "rb") as made:
+                os.fsync(made.fileno())  # a name must not outlive its contents when the power fails
             os.replace(file, self.path / name)  # scratch has made the folder
             return
         target = self.path / name
@@ -147,3 +174,19 @@ class Workdir:
     def close(self) -> None:
         if self.remote:
             shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _is_left_over(file: Path, host: str, pid: str) -> bool:
+    if host != HOST:
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - file.stat().st_mtime > LONG_AGO
+        return False
+    if int(pid) == os.getpid():  # a container gives every process the same number
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

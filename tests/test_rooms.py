@@ -28,22 +28,27 @@ ALLOWED = {
     "programs": {"jax", "models", "diffusion", "sharding"},
     "pipeline": {
         *("jax", "flax", "errors", "video", "models", "diffusion", "sharding", "training"),
-        *("kernels", "layout", "weights", "processes", "prompts", "programs", "progress", "run"),
+        *("finite", "kernels", "layout", "weights", "processes", "prompts", "programs", "progress", "run"),
     },
     "progress": {"processes", "tqdm"},
     "config": {"ml_collections", "errors"},
-    "workdir": {"processes", "etils", "errors"},
+    "lock": {"errors"},
+    "stopping": set(),
+    "seals": {"errors"},
+    "finite": {"jax", "errors"},
+    "environment": {"jax", "processes"},
+    "workdir": {"processes", "etils", "errors", "lock"},
     "memory": {"jax", "kernels", "models"},
     "metrics": {"processes", "tensorboardX", "wandb", "workdir", "errors"},
-    "checkpoint": {"processes", "jax", "flax", "orbax", "training", "weights", "errors"},
+    "checkpoint": {"processes", "jax", "flax", "orbax", "seals", "training", "weights", "errors"},
     "run": {
         *("jax", "flax", "errors", "config", "memory", "metrics", "prompts", "training", "checkpoint", "pipeline"),
-        *("processes", "progress", "sharding", "video", "workdir"),
+        *("processes", "progress", "sharding", "stopping", "video", "workdir", "environment", "finite"),
     },
     "edit": {
         *("jax", "PIL", "errors", "memory", "processes", "prompts", "pipeline", "progress", "run", "video", "workdir"),
     },
-    "doctor": {"jax", "av", "kernels"},
+    "doctor": {"jax", "av", "environment", "kernels"},
     "cache": {"jax"},
     "sprites": {
         *("jax", "PIL", "Clip", "Edit", "InputError", "TavError", "TuneAVideo"),  # the public interface
@@ -52,7 +57,7 @@ ALLOWED = {
     },
     "cli": {
         *("absl", "ml_collections", "errors", "__version__"),
-        *("cache", "config", "doctor", "edit", "processes", "run", "sprites", "weights"),
+        *("cache", "config", "doctor", "edit", "jax", "processes", "run", "sprites", "stopping", "weights"),
     },
     "__main__": {"cli"},
     "__init__": {"errors", "pipeline", "prompts", "video"},
