@@ -19,7 +19,7 @@ ALLOWED = {
     "sources": {"av", "PIL", "errors"},
     "video": {"av", "etils", "imageio", "PIL", "sources", "errors"},
     "prompts": {"transformers", "errors"},
-    "layout": {"etils", "huggingface_hub", "models", "errors"},
+    "layout": {"etils", "huggingface_hub", "models", "tensors", "errors"},
     "tensors": {"safetensors", "torch", "ml_dtypes", "errors"},
     "weights": {"jax", "flax", "safetensors", "models", "layout", "tensors", "errors"},
     "training": {"jax", "flax", "optax", "models", "diffusion", "sharding", "errors"},
