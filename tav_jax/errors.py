@@ -23,6 +23,15 @@ def listed(words: Sequence[str], most: int = 12) -> str:
     return ", ".join(names) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: what a terminal or a file hands over may hold other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class TavError(Exception):
     """Any error that a person can mend by changing what they gave us."""
 

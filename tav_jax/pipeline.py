@@ -139,7 +139,8 @@ class TuneAVideo:
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n L"]:
         """Token ids, padded as the model expects; what does not fit is cut, with a warning that says what."""
-        return prompts.tokenize(self.tokenizer, texts, self.parts.layout.text_encoder.max_position_embeddings)
+        encoder = self.parts.layout.text_encoder
+        return prompts.tokenize(self.tokenizer, texts, encoder.max_position_embeddings, encoder.vocab_size)
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
         """Text states, one row a prompt."""
