@@ -206,6 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return TavError.exit_code
+    except RuntimeError as error:  # told too late for the place where it arose to say it better
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("tav: the device's memory ran out; use fewer frames or a smaller size", file=sys.stderr)
+        return TavError.exit_code
     except KeyboardInterrupt:
         print("tav: stopped", file=sys.stderr)
         return 130

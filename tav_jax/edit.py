@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -113,12 +112,8 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip) -> Any:
         return kept
     with progress_bar(steps, "inverting") as bar:
         noise = tav.invert(clip, steps=steps, progress=counter(bar))
-    scratch = run.workdir.scratch(name)
-    try:
+    with run.workdir.making(name) as scratch:
         np.savez(scratch, noise=np.asarray(noise))
-        run.workdir.publish(scratch, name)
-    finally:
-        scratch.unlink(missing_ok=True)
     say(f"Inverted the clip in {steps} steps; kept in {run.workdir / name}.")
     return noise
 
@@ -173,9 +168,5 @@ def caption(text: str, width: int, lines: int = 4) -> np.ndarray:
 
 
 def _write(folder: Workdir, clip: Clip, name: str) -> None:
-    scratch = folder.scratch(name)
-    try:
+    with folder.making(name) as scratch:
         clip.save(scratch)
-        folder.publish(Path(scratch), name)
-    finally:
-        scratch.unlink(missing_ok=True)

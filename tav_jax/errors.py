@@ -51,3 +51,7 @@ class MissingError(TavError, FileNotFoundError):
 
 class WeightsError(TavError, ValueError):
     """Weights that do not fit: a damaged file, another family, missing or misshapen tensors."""
+
+
+class ShortOfMemoryError(TavError, MemoryError):
+    """Work that is too large for the device, or for the machine."""

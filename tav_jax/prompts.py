@@ -31,7 +31,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        tokenizer(["a word"], padding="max_length", max_length=9, truncation=True)  # some damage shows only in use
+        tokenizer("a word", verbose=False)  # some damage shows only in use
+        tokenizer(["a word"], padding="max_length", max_length=9, truncation=True)
     except Exception as error:  # whatever the library makes of a damaged vocabulary
         raise WeightsError(
             f"{folder} is not a readable CLIP tokenizer ({brief(str(error))}); download it again."

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tav_jax.errors import InputError, WeightsError, listed
+from tav_jax import memory
+from tav_jax.errors import InputError, ShortOfMemoryError, WeightsError, listed
 from tav_jax.layout import CONFIGS, Layout
 from tav_jax.models import VAE, ClipText, UNet
 from tav_jax.tensors import FLOATS, tensors_in
@@ -152,13 +153,18 @@ class Pipeline:
     @classmethod
     def load(cls, layout: Layout, dtype, *, exact: Callable[..., bool], seed: int = 0) -> "Pipeline":
         """Read every component in `dtype`; the UNet's weights that the filter `exact` picks stay in float32."""
-        unet = abstract(UNet, layout.unet, dtype)
+        unet, vae = abstract(UNet, layout.unet, dtype), abstract(VAE, layout.vae, dtype)
+        text_encoder = abstract(ClipText, layout.text_encoder, dtype)
+        size = sum(x.size for x in jax.tree.leaves((unet, vae, text_encoder))) * jnp.dtype(dtype).itemsize
+        if (room := memory.capacity()) is not None and size > room:
+            raise ShortOfMemoryError(
+                f"the weights of {layout.root} take {size / 2**30:.1f} GiB in {jnp.dtype(dtype)} and a device has "
+                f"{room / 2**30:.1f}; use a smaller dtype, a smaller model or a machine with more memory"
+            )
         digests = fill(
             unet, layout.root, "unet", lambda path: jnp.float32 if exact(path.split("."), None) else dtype, seed
         )
-        vae = abstract(VAE, layout.vae, dtype)
         of_vae = fill(vae, layout.root, "vae", lambda path: dtype)
-        text_encoder = abstract(ClipText, layout.text_encoder, dtype)
         digests |= of_vae | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
         old_names = any(name.endswith(".proj_attn.weight") for name in of_vae)
         whole = hashlib.blake2b(
