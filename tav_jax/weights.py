@@ -205,7 +205,8 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
             raw = np.ascontiguousarray(found[path].read())
             digests[found[path].name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
             # One at a time, or the raw ones would pile up.
-            array, finite = jax.block_until_ready(_place(raw, kernel=path.endswith(".kernel"), dtype=dtype))
+            with np.errstate(over="ignore"):  # told below
+                array, finite = jax.block_until_ready(_place(raw, kernel=path.endswith(".kernel"), dtype=dtype))
             if not finite:
                 raise WeightsError(
                     f"{root / part}: {found[path].name} holds values that are no numbers, or too large for "

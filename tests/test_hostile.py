@@ -4,16 +4,21 @@ Each is refused by one sentence, in little time and memory, and what was there b
 """
 
 import contextlib
+import dataclasses
+import io
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import av
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,17 +26,18 @@ from fuzz import fuzz
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import edit, memory, training
+from tav_jax import edit, memory, programs, prompts, sources, training, video, weights
 from tav_jax.checkpoint import Checkpoints
 from tav_jax.diffusion import Schedule
 from tav_jax.errors import InputError, MissingError, ShortOfMemoryError, TavError, WeightsError
 from tav_jax.layout import Layout
+from tav_jax.models import VAE
 from tav_jax.tensors import HEADER, tensors_in
 from tav_jax.video import Clip, load_video
 from tav_jax.weights import TOKENIZER_FILES
 from tav_jax.workdir import Workdir
 
-VAE = "vae/diffusion_pytorch_model.safetensors"
+FILE = "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -48,6 +54,14 @@ def refusal(kind: type[TavError], call, *args, **options) -> str:
     assert said.isprintable(), said
     assert len(said) < 2500
     return said
+
+
+def autoencoder(model: Path) -> VAE:
+    """The smallest network of a pipeline, filled."""
+    layout = Layout.open(model)
+    vae = weights.abstract(VAE, layout.vae, jnp.float32)
+    weights.fill(vae, model, "vae", lambda path: jnp.float32)
+    return vae
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,11 +148,9 @@ def test_a_header_of_4_gib_that_is_there_is_not_read(tmp_path):
 
 
 def test_a_million_wrong_names_make_a_short_sentence(model):
-    tensors = load_file(model / VAE)
-    save_file({**tensors, **{f"no\nsuch{i}": np.zeros(1, np.float32) for i in range(5000)}}, model / VAE)
-    from tav_jax import TuneAVideo
-
-    said = refusal(WeightsError, TuneAVideo.from_pretrained, model, dtype="float32")
+    tensors = load_file(model / FILE)
+    save_file({**tensors, **{f"no\nsuch{i}": np.zeros(1, np.float32) for i in range(5000)}}, model / FILE)
+    said = refusal(WeightsError, autoencoder, model)
     assert "5000 unexpected: 'no\\nsuch0'" in said
     assert "and 4988 more" in said
 
@@ -152,12 +164,10 @@ def test_a_million_wrong_names_make_a_short_sentence(model):
     ],
 )
 def test_values_that_are_no_weights(model, spoil, said):
-    from tav_jax import TuneAVideo
-
-    tensors = load_file(model / VAE)
+    tensors = load_file(model / FILE)
     tensors["encoder.conv_in.bias"] = spoil(tensors["encoder.conv_in.bias"])
-    save_file(tensors, model / VAE)
-    assert said in refusal(WeightsError, TuneAVideo.from_pretrained, model, dtype="float32")
+    save_file(tensors, model / FILE)
+    assert said in refusal(WeightsError, autoencoder, model)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +265,6 @@ def test_a_schedule_of_the_absurd(changes):
 
 
 def test_a_tokenizer_of_another_pipeline_or_of_none(sd1, model):
-    from tav_jax import prompts
-
     tokenizer = prompts.load_tokenizer(model / "tokenizer")
     assert prompts.tokenize(tokenizer, ["red square"], 77, 530).max() < 530
     said = refusal(WeightsError, prompts.tokenize, tokenizer, ["red square"], 77, 300)
@@ -278,9 +286,8 @@ def test_an_export_passes_on_a_tokenizer_and_nothing_beside_it(sd1, tmp_path):
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "model/tokenizer/notes.txt").symlink_to(tmp_path / "secret")
     (tmp_path / "model/tokenizer/folder").mkdir()
-    from tav_jax import TuneAVideo
-
-    TuneAVideo.from_pretrained(tmp_path / "model", dtype="float32").save_pretrained(tmp_path / "out")
+    layout = dataclasses.replace(sd1.tav.parts.layout, root=tmp_path / "model")
+    weights.save(dataclasses.replace(sd1.tav.parts, layout=layout), tmp_path / "out")
     written = {file.name for file in (tmp_path / "out/tokenizer").iterdir()}
     assert written == {file.name for file in (sd1.model / "tokenizer").iterdir()} <= set(TOKENIZER_FILES)
     assert not any(data == b"mine" for data in contents(tmp_path / "out").values())
@@ -289,21 +296,13 @@ def test_an_export_passes_on_a_tokenizer_and_nothing_beside_it(sd1, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- videos
 
 
-def gif(width: int, height: int, frames: int = 1, drawn: int = 8) -> bytes:
-    """As small as a GIF can be: pictures of 8×8 pixels on a screen that claims to be so large."""
-    image = b"," + struct.pack("<4H", 0, 0, drawn, drawn) + b"\0" + b"\x02\x10" + b"\x84" + b"\x8f\xa9\xcb\xed\x0f\xa3"
-    image += b"\x9c\xb4\xda\x8b\xb3\x3e\x05\0\0"
-    head = b"GIF89a" + struct.pack("<2H", width, height) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
-    picture = Image.new("L", (8, 8))
-    del image
-    from io import BytesIO
-
-    told = BytesIO()
-    picture.save(told, "GIF")
-    body = told.getvalue()
-    start = body.index(b",", 13)
-    one = b"!\xf9\x04\0\x05\0\0\0" + body[start:-1]
-    return head + one * frames + b";"
+def gif(width: int, height: int, frames: int = 1) -> bytes:
+    """Pictures of 8×8 pixels on a screen that claims to be so large."""
+    told = io.BytesIO()
+    Image.new("L", (8, 8)).save(told, "GIF")
+    picture = told.getvalue()[told.getvalue().index(b",", 13) : -1]
+    screen = struct.pack("<2H", width, height) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    return b"GIF89a" + screen + (b"!\xf9\x04\0\x05\0\0\0" + picture) * frames + b";"
 
 
 def test_a_gif_of_a_hundred_thousand_frames(tmp_path):
@@ -314,9 +313,7 @@ def test_a_gif_of_a_hundred_thousand_frames(tmp_path):
 
 
 def test_more_frames_than_anyone_can_tune(tmp_path, monkeypatch):
-    import tav_jax.video
-
-    monkeypatch.setattr(tav_jax.video, "LONGEST", 50)
+    monkeypatch.setattr(video, "LONGEST", 50)
     (tmp_path / "a.gif").write_bytes(gif(8, 8, 60))
     assert "more than 50 frames" in refusal(InputError, load_video, tmp_path / "a.gif")
     assert len(load_video(tmp_path / "a.gif", frames=50).frames) == 50
@@ -330,8 +327,6 @@ def test_frames_that_claim_to_be_60000_wide(tmp_path):
     refusal(InputError, load_video, tmp_path / "b.gif", frames=1, size=(8, 8))
     (tmp_path / "f").mkdir()
     wide = bytearray(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">2I", 60_000, 60_000) + b"\x08\x02\0\0\0")
-    import zlib
-
     wide += struct.pack(">I", zlib.crc32(wide[12:])) + b"\0\0\0\0IEND\xaeB`\x82"
     (tmp_path / "f/1.png").write_bytes(wide)
     refusal(InputError, load_video, tmp_path / "f", size=(8, 8))
@@ -341,20 +336,16 @@ def test_frames_that_claim_to_be_60000_wide(tmp_path):
 
 
 def memory_peak() -> int:
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def test_what_the_pictures_say_of_themselves_is_bounded_too(tmp_path, monkeypatch):
     """The container's word on the size is checked by us; the decoder is told the limit as well."""
-    import tav_jax.sources
-
     Clip(np.zeros((3, 64, 64, 3), np.uint8), 8.0).save(tmp_path / "a.mp4")
-    monkeypatch.setattr(tav_jax.sources, "check_sides", lambda *_: None)
-    monkeypatch.setattr(tav_jax.sources, "PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(sources, "check_sides", lambda *_: None)
+    monkeypatch.setattr(sources, "PIXELS", 64 * 64 - 1)
     refusal(InputError, load_video, tmp_path / "a.mp4")
-    monkeypatch.setattr(tav_jax.sources, "PIXELS", 256 * 256)
+    monkeypatch.setattr(sources, "PIXELS", 256 * 256)
     assert load_video(tmp_path / "a.mp4").frames.shape == (3, 64, 64, 3)
 
 
@@ -512,7 +503,7 @@ CLIP = Clip(np.zeros((24, 64, 64, 3), np.uint8), 8.0)
 def test_what_cannot_fit_is_refused_with_what_would(sd1, monkeypatch):
     """The offers are tried: each fits, and the next larger one does not."""
     tav = sd1.tav
-    latents = np.zeros((1, 24, 16, 16, 4), np.float32)
+    latents = jnp.zeros((1, 24, 16, 16, 4))
     work = tav._work("tuning on", latents, trained=10_000)
     whole = work.count(work.shape, 1)
     for share in (0.99, 0.7, 0.4):
@@ -533,7 +524,7 @@ def test_what_cannot_fit_is_refused_with_what_would(sd1, monkeypatch):
 
 
 def test_every_job_is_checked_before_it_begins(sd1, monkeypatch):
-    tav, latents = sd1.tav, np.zeros((1, 24, 16, 16, 4), np.float32)
+    tav, latents = sd1.tav, jnp.zeros((1, 24, 16, 16, 4))
     text = tav.encode_text("")
     jobs = {
         "tuning on": lambda: tav.tuning((latents, latents), text),
@@ -550,7 +541,7 @@ def test_every_job_is_checked_before_it_begins(sd1, monkeypatch):
 
 
 def test_without_remat_remat_is_offered(sd1, monkeypatch):
-    latents = np.zeros((1, 24, 16, 16, 4), np.float32)
+    latents = jnp.zeros((1, 24, 16, 16, 4))
     plain = sd1.tav._work("tuning on", latents, trained=10_000, remat=False)
     thrifty = sd1.tav._work("tuning on", latents, trained=10_000)
     room = thrifty.count(thrifty.shape, 1)
@@ -561,15 +552,13 @@ def test_without_remat_remat_is_offered(sd1, monkeypatch):
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()])
 def test_memory_that_runs_out_all_the_same_is_one_sentence(sd1, monkeypatch, error):
-    from tav_jax import programs
-
     def full(*_, **__):
         raise error
 
     for name in ("walk_latents", "decode_frames", "encode_frames"):
         monkeypatch.setattr(programs, name, full)
     monkeypatch.setattr(training, "tune_step", full)
-    tav, latents = sd1.tav, np.zeros((1, 24, 16, 16, 4), np.float32)
+    tav, latents = sd1.tav, jnp.zeros((1, 24, 16, 16, 4))
     learner, advance = tav.tuning((latents, latents), tav.encode_text(""))
     jobs = {
         "tuning on": lambda: advance(learner, 0),
@@ -584,8 +573,6 @@ def test_memory_that_runs_out_all_the_same_is_one_sentence(sd1, monkeypatch, err
 
 
 def test_other_errors_of_the_device_pass_through(sd1, monkeypatch):
-    from tav_jax import programs
-
     def broken(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 

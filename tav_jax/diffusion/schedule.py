@@ -106,7 +106,7 @@ class Schedule:
             betas = np.asarray(trained, np.float32)
         else:
             betas = _betas(
-                config.get("beta_schedule", "linear"),
+                str(config.get("beta_schedule", "linear")),
                 _setting(config, "beta_start", 0.0001),
                 _setting(config, "beta_end", 0.02),
                 _setting(config, "num_train_timesteps", 1000),
