@@ -240,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return end("the disk is full; what was finished is whole. Make room and run the same command again.", 2)
+        if "RESOURCE_EXHAUSTED" in str(error):  # told too late for the place where it arose to say it better
+            return end("the device's memory ran out; use fewer frames or a smaller size", TavError.exit_code)
         if lost := processes.loss(5.0):  # a program broke because another process has gone
             return end(lost, LostError.exit_code)
         raise

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tav_jax.errors import InputError
+from tav_jax.errors import InputError, brief, is_text, listed
 
 
 def get_config() -> ConfigDict:
@@ -102,13 +102,16 @@ RANGES = {
 }
 
 
+LONGEST, LONGEST_LIST, MOST = 100_000, 10_000, 20  # characters of a text, texts of a list, complaints at once
+
+
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("train.steps", 500), …"""
     for name, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
             yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def unknown(names: Iterable[str]) -> list[str]:
@@ -117,26 +120,33 @@ def unknown(names: Iterable[str]) -> list[str]:
     complaints = []
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            complaints.append(f"{name} is not a setting{f', did you mean {near[0]}' if near else ''}")
+            near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.5)
+            complaints.append(f"{listed([str(name)])} is not a setting{f', did you mean {near[0]}' if near else ''}")
     return complaints
 
 
 def validate(config: Any) -> ConfigDict:
     """The config with its defaults filled in, or one error that names everything that is wrong with it."""
     known = dict(leaves(get_config()))
-    problems, given = unknown(name for name, _ in leaves(config)), {}
-    for name, value in leaves(config):
+    if not isinstance(config, Mapping | ConfigDict):
+        raise InputError(f"the config is {brief(config)}, expected a table of settings as get_config() gives one")
+    try:
+        told = list(leaves(config))
+    except (RecursionError, TypeError, KeyError, ValueError) as error:  # references that lead nowhere, or in a circle
+        raise InputError(f"the config cannot be read ({brief(str(error))}); start from get_config()") from error
+    problems, given = unknown(name for name, _ in told), {}
+    for name, value in told:
         if name not in known:
             continue
         if (fitting := _as_type(value, known[name])) is None:
-            problems.append(f"{name} is {value!r}, expected {_kind(known[name])} such as {known[name]!r}")
+            problems.append(f"{name} is {brief(value)}, expected {_kind(known[name])} such as {known[name]!r}")
         else:
             given[name] = fitting
     for name, value in given.items():
         problems += _problems(name, value)
     if problems:
-        raise InputError(f"the config cannot be used: {'; '.join(problems)}")
+        more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
+        raise InputError(f"the config cannot be used: {'; '.join(problems[:MOST])}{more}")
     full = get_config()
     full.update_from_flattened_dict({**known, **given})
     return full
@@ -152,25 +162,34 @@ def _as_type(value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
         fits = isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
         return tuple(value) if fits else None
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value) if abs(value) < 10**300 else None
     return value if type(value) is type(default) else None
 
 
 def _problems(name: str, value: Any) -> Iterator[str]:
+    texts = value if isinstance(value, tuple) else (value,) * isinstance(value, str)
+    for text in texts:
+        # The name of a file may be any bytes but NUL; words must be words.
+        if "\0" in text or (not name.endswith(".path") and not is_text(text)):
+            yield f"{name} is {brief(text)}; it must be a text, without NUL and in UTF-8"
+        elif len(text) > LONGEST:
+            yield f"{name} has {len(text)} characters; it must have at most {LONGEST}"
+    if len(texts) > LONGEST_LIST:
+        yield f"{name} is a list of {len(texts)}; it must have at most {LONGEST_LIST}"
     if name in CHOICES and value not in CHOICES[name]:
-        yield f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}"
+        yield f"{name} is {brief(value)}; it must be one of {', '.join(CHOICES[name])}"
     if name in ("clip.height", "clip.width") and not (8 <= value <= 8192 and value % 4 == 0):
         below = min(max(value // 8 * 8, 8), 8184)
-        yield f"{name} {value} is not a multiple of 8 from 8 to 8192; use {below} or {below + 8}"
+        yield f"{name} {brief(value)} is not a multiple of 8 from 8 to 8192; use {below} or {below + 8}"
     if name in RANGES:
         least, most = RANGES[name]
         if not least <= value <= most:
-            yield f"{name} is {value!r}; it must be {least} to {most}"
+            yield f"{name} is {brief(value)}; it must be {least} to {most}"
     if name == "train.max_grad_norm" and not value > 0:
         yield f"{name} is {value!r}; it must be above 0"
     if name == "train.trainable" and not set(value) - {"down", "mid", "up"}:
-        yield f"{name} is {value!r}; it must name at least one kind of layer, such as 'attn_temp'"
+        yield f"{name} is {brief(value)}; it must name at least one kind of layer, such as 'attn_temp'"
 
 
 def to_json(config: Any) -> str:
@@ -179,11 +198,12 @@ def to_json(config: Any) -> str:
 
 def from_json(text: str) -> ConfigDict:
     try:
-        return validate(ConfigDict(json.loads(text)))
-    except (ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the kept config is not JSON of a config ({error}); bring config.json back") from error
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the config is no readable JSON ({brief(str(error))}); bring the kept one back") from error
+    if not isinstance(table, dict):
+        raise InputError(f"the config is {brief(table)}, expected a table of settings; bring the kept one back")
+    return validate(table)
 
 
 def differences(before: Any, now: Any) -> list[str]:

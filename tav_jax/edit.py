@@ -121,12 +121,8 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip) -> Any:
     with progress_bar(steps, "inverting") as bar:
         noise = tav.invert(clip, steps=steps, progress=counter(bar))
     if processes.is_first():
-        scratch = run.workdir.scratch(name)
-        try:
+        with run.workdir.making(name) as scratch:
             np.savez(scratch, noise=np.asarray(noise))
-            run.workdir.publish(scratch, name)
-        finally:
-            scratch.unlink(missing_ok=True)
     say(f"Inverted the clip in {steps} steps; kept in {run.workdir / name}.")
     return noise
 

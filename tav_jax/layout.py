@@ -4,7 +4,7 @@ A Diffusers-layout directory has one folder a component (`unet/`, `vae/`, `text_
 each with a config. `safety_checker/` and `feature_extractor/` are not needed and not looked at.
 """
 
-import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from typing import Any
 
 from etils import epath
 
-from tav_jax.errors import MissingError, WeightsError
+from tav_jax.errors import MissingError, WeightsError, brief
 from tav_jax.models import ClipTextConfig, UNetConfig, VAEConfig
+from tav_jax.tensors import parse
 
 CONFIGS = {
     "unet": "config.json",
@@ -23,6 +24,11 @@ CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+# Bounds of what is built: beyond them no network is made, not even one of shapes alone. Stable Diffusion 2.1 has 4
+# levels of 2 layers, up to 1280 wide, and a text encoder of 23 layers, 4096 wide inside.
+LEVELS, LAYERS, TEXT_LAYERS, WIDTH, WORDS = 8, 8, 64, 16384, 1_000_000
+EPSILONS = (1e-12, 0.1)  # what a norm may add to a variance
+CONFIG = 1 << 20  # bytes of a config
 NEEDED = ("model_index.json", *(f"{part}/*" for part in CONFIGS))
 # A hub's repository often holds the same weights several times over. The first of these that has all is fetched.
 SMALL = ("model_index.json", "*/*.json", "*/*.txt")
@@ -88,11 +94,17 @@ def _from_bucket(root: epath.Path) -> Path:
     if not (root / "unet").is_dir():
         raise MissingError(f"{root} has no unet/ folder, or cannot be read from here. {HOW_TO_GET}")
     local = Path(tempfile.mkdtemp(prefix="tav_jax_model_"))
-    for pattern in NEEDED:
-        for file in root.glob(pattern):
-            target = local / Path(str(file)[len(str(root)) :].lstrip("/"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.copy(target)
+    try:
+        for pattern in NEEDED:
+            for file in root.glob(pattern):
+                inside = Path(str(file)[len(str(root)) :].lstrip("/"))
+                if ".." in inside.parts:  # a bucket takes such a name for one like any other
+                    raise WeightsError(f"{brief(str(file))} leads out of {root}; remove it from there")
+                (local / inside).parent.mkdir(parents=True, exist_ok=True)
+                file.copy(local / inside)
+    except BaseException:
+        shutil.rmtree(local, ignore_errors=True)
+        raise
     return local
 
 
@@ -116,9 +128,13 @@ def _from_hub(name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(CONFIG + 1)
+        if len(text) > CONFIG:
+            raise ValueError(f"it has more than {CONFIG >> 20} MiB")
+        value = parse(text)
     except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable JSON file ({error}); download it again.") from error
+        raise WeightsError(f"{path} is not a readable JSON file ({brief(str(error))}); download it again.") from error
     if not isinstance(value, dict):
         raise WeightsError(
             f"{path} holds a JSON {type(value).__name__}, not the settings of a model; download it again."
@@ -147,8 +163,8 @@ class _Reader:
 
     def refuse(self, name: str, value: Any, expected: str) -> WeightsError:
         return WeightsError(
-            f"{self.path}: {name} is {value!r}, expected {expected}. Only Stable Diffusion 1.x and 2.x pipelines can "
-            "be tuned; use one of these."
+            f"{self.path}: {name} is {brief(value)}, expected {expected}. Only Stable Diffusion 1.x and 2.x pipelines "
+            "can be tuned; use one of these."
         )
 
     def only(self, **allowed: Any) -> None:
@@ -158,25 +174,31 @@ class _Reader:
             if name in self.config and self.config[name] not in values:
                 raise self.refuse(name, self.config[name], " or ".join(repr(v) for v in values))
 
-    def integer(self, name: str, default: int, limit: int = 1_000_000) -> int:
+    def integer(self, name: str, default: int, limit: int = WIDTH) -> int:
         value = self.config.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        if type(value) is not int or not 1 <= value <= limit:
             raise self.refuse(name, value, f"a whole number from 1 to {limit}")
         return value
 
     def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self.config.get(name, default)
-        if not isinstance(value, list | tuple) or not 1 <= len(value) <= 16:
-            raise self.refuse(name, value, "a list of 1 to 16 whole numbers")
-        if any(isinstance(v, bool) or not isinstance(v, int) or not 1 <= v <= 1_000_000 for v in value):
-            raise self.refuse(name, value, "a list of whole numbers from 1 to 1000000")
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LEVELS:
+            raise self.refuse(name, value, f"a list of 1 to {LEVELS} whole numbers")
+        if any(type(v) is not int or not 1 <= v <= WIDTH for v in value):
+            raise self.refuse(name, value, f"a list of whole numbers from 1 to {WIDTH}")
         return tuple(value)
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, least: float, most: float) -> float:
         value = self.config.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self.refuse(name, value, "a number above 0")
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise self.refuse(name, value, f"a number from {least} to {most}")
         return float(value)
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self.config.get(name, default)
+        if not isinstance(value, bool):
+            raise self.refuse(name, value, "true or false")
+        return value
 
     def divides(self, name: str, divisor: int, widths: tuple[int, ...]) -> None:
         if bad := [w for w in widths if w % divisor]:
@@ -202,6 +224,7 @@ def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
         dual_cross_attention=False,
         encoder_hid_dim=None,
         encoder_hid_dim_type=None,
+        freq_shift=(0, 1),
         mid_block_scale_factor=1,
         mid_block_type=("UNetMidBlock2DCrossAttn", "UNetMidBlock3DCrossAttn"),
         num_class_embeds=None,
@@ -212,6 +235,8 @@ def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
         transformer_layers_per_block=1,
     )
     widths = read.integers("block_out_channels", (320, 640, 1280, 1280))
+    if widths[0] < 4:  # of which the time's sinusoids take half
+        raise read.refuse("block_out_channels", list(widths), "4 channels or more at the first level")
     attention = {
         f"{way}_attention": _block_types(read, way, len(widths), default)
         for way, default in (("down", (True, True, True, False)), ("up", (False, True, True, True)))
@@ -230,13 +255,13 @@ def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
         in_channels=channels,
         out_channels=read.integer("out_channels", 4),
         block_out_channels=widths,
-        layers_per_block=read.integer("layers_per_block", 2, 16),
+        layers_per_block=read.integer("layers_per_block", 2, LAYERS),
         heads=heads,
         cross_attention_dim=read.integer("cross_attention_dim", 1280),
         norm_num_groups=groups,
-        norm_eps=read.number("norm_eps", 1e-5),
-        use_linear_projection=bool(config.get("use_linear_projection", False)),
-        flip_sin_to_cos=bool(config.get("flip_sin_to_cos", True)),
+        norm_eps=read.number("norm_eps", 1e-5, *EPSILONS),
+        use_linear_projection=read.switch("use_linear_projection", False),
+        flip_sin_to_cos=read.switch("flip_sin_to_cos", True),
         freq_shift=int(config.get("freq_shift", 0)),
         **attention,
         **options,
@@ -251,7 +276,7 @@ def _block_types(read: _Reader, way: str, levels: int, default: tuple[bool, ...]
     if types is None:
         return default
     known = {f"{prefix}{plain}{d}D": bool(prefix) for prefix in ("CrossAttn", "") for d in (2, 3)}
-    if not isinstance(types, list) or len(types) != levels or any(t not in known for t in types):
+    if not isinstance(types, list) or len(types) != levels or any(str(t) not in known for t in types):
         raise read.refuse(name, types, f"{levels} of CrossAttn{plain}2D and {plain}2D")
     return tuple(known[t] for t in types)
 
@@ -272,15 +297,15 @@ def vae_config(config: Mapping[str, Any], path: Path) -> VAEConfig:
     widths = read.integers("block_out_channels", (128, 256, 512, 512))
     for way, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
         types = config.get(f"{way}_block_types", [kind] * len(widths))
-        if list(types) != [kind] * len(widths):
+        if types != [kind] * len(widths):
             raise read.refuse(f"{way}_block_types", types, f"{len(widths)} times {kind}")
     groups = read.integer("norm_num_groups", 32)
     read.divides("norm_num_groups", groups, widths)
     return VAEConfig(
         block_out_channels=widths,
-        layers_per_block=read.integer("layers_per_block", 2, 16),
+        layers_per_block=read.integer("layers_per_block", 2, LAYERS),
         norm_num_groups=groups,
-        scaling_factor=read.number("scaling_factor", 0.18215),
+        scaling_factor=read.number("scaling_factor", 0.18215, 1e-4, 1e4),
     )
 
 
@@ -291,12 +316,12 @@ def text_config(config: Mapping[str, Any], path: Path) -> ClipTextConfig:
     if width % heads:
         raise read.refuse("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     return ClipTextConfig(
-        vocab_size=read.integer("vocab_size", 49408),
+        vocab_size=read.integer("vocab_size", 49408, WORDS),
         hidden_size=width,
         intermediate_size=read.integer("intermediate_size", 2048),
-        num_hidden_layers=read.integer("num_hidden_layers", 12, 1000),
+        num_hidden_layers=read.integer("num_hidden_layers", 12, TEXT_LAYERS),
         num_attention_heads=heads,
         max_position_embeddings=read.integer("max_position_embeddings", 77),
         hidden_act=config.get("hidden_act", "quick_gelu"),
-        layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+        layer_norm_eps=read.number("layer_norm_eps", 1e-5, *EPSILONS),
     )

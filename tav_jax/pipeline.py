@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import finite, kernels, processes, programs, prompts, sharding, training, weights
+from tav_jax import finite, kernels, memory, processes, programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
@@ -152,7 +152,8 @@ class TuneAVideo:
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n L"]:
         """Token ids, padded as the model expects; what does not fit is cut, with a warning that says what."""
-        return prompts.tokenize(self.tokenizer, texts, self.parts.layout.text_encoder.max_position_embeddings)
+        encoder = self.parts.layout.text_encoder
+        return prompts.tokenize(self.tokenizer, texts, encoder.max_position_embeddings, encoder.vocab_size)
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
         """Text states, one row a prompt."""
@@ -169,7 +170,7 @@ class TuneAVideo:
         frames = self._checked(frames)
         if processes.several():
             processes.same({"the clip": hashlib.blake2b(frames.tobytes(), digest_size=8).hexdigest()})
-        with self._running():
+        with self._autoencoding("encoding", *frames.shape[:3]), self._running():
             mean, std = programs.encode_frames(
                 self.parts.vae, jnp.asarray(frames), group=self._group(len(frames), frames.shape[1:3])
             )
@@ -179,9 +180,11 @@ class TuneAVideo:
         """Pictures in [0, 1] from scaled latents."""
         factor = self.parts.vae.config.downsampling
         size = (latents.shape[2] * factor, latents.shape[3] * factor)
-        group = self._group(latents.shape[0] * latents.shape[1], size)
-        with self._running():
-            return programs.decode_frames(self.parts.vae, jnp.asarray(latents, jnp.float32), group=group)
+        frames = latents.shape[0] * latents.shape[1]
+        group = self._group(frames, size)
+        with self._autoencoding("decoding", frames, *size), self._running():
+            pictures = programs.decode_frames(self.parts.vae, jnp.asarray(latents, jnp.float32), group=group)
+            return jax.block_until_ready(pictures)
 
     def unet(
         self, latents: Float[Given, "B F h w c"], timesteps: Int[Given, "B"], text: Float[Given, "B L e"]
@@ -217,6 +220,7 @@ class TuneAVideo:
 
         return self._lesson(
             example_and_step,
+            mean,
             text,
             (learning_rate, weight_decay, max_grad_norm),
             trainable=trainable,
@@ -224,16 +228,21 @@ class TuneAVideo:
             fsdp=fsdp,
         )
 
-    def _lesson(self, take_step, text, hyper, *, trainable: Sequence[str], remat: bool, fsdp: bool = False):
+    def _lesson(self, take_step, latents, text, hyper, *, trainable: Sequence[str], remat: bool, fsdp: bool = False):
         graph, trained, frozen = nnx.split(self.parts.unet, training.subset(trainable), ...)
+        learned = sum(x.size for x in jax.tree.leaves(trained))
+        mine = learned // (self.mesh.size if fsdp and self.mesh else 1)
+        work = self._work("tuning on", latents, trained=mine, remat=remat)
+        memory.check(work)
         rest = (text, jnp.asarray(self.schedule.levels), training.Hyper(*(jnp.float32(x) for x in hyper)))
         options = {"prediction": self.schedule.prediction, "remat": remat, "fsdp": fsdp}
 
         def advance(learner: training.Learner, step: int):
-            with self._running():
+            with memory.shortage(work), self._running():
                 return take_step(graph, learner, frozen, step, rest, options)
 
-        return sharding.place(training.Learner.create(trained), self.mesh, spread=fsdp), advance
+        with memory.shortage(work):
+            return sharding.place(training.Learner.create(trained), self.mesh, spread=fsdp), advance
 
     def adopt(self, learner: training.Learner) -> None:
         """Use what has been learned, for sampling and saving. Good until the learner's next step takes its buffers."""
@@ -315,6 +324,7 @@ class TuneAVideo:
 
         learner, advance = self._lesson(
             given_step,
+            latents,
             self.encode_text(prompt),
             (learning_rate, weight_decay, max_grad_norm),
             trainable=trainable,
@@ -347,7 +357,7 @@ class TuneAVideo:
         latents = self.encode_video(clip) if given_frames else self._checked_latents(clip)  # pyright: ignore
         text = self.encode_text(prompt)
         with shown(progress, steps, "inverting") as report:
-            last, trajectory = self._walk(latents, text, ladder, None, return_trajectory, report)
+            last, trajectory = self._walk("inverting", latents, text, ladder, None, return_trajectory, report)
         finite.check_walk("the inversion", last, self.dtype.name)
         return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
 
@@ -386,7 +396,7 @@ class TuneAVideo:
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
         with shown(progress, steps, "sampling") as report:
             strength = guidance if use_guidance else None
-            last, trajectory = self._walk(latents, text, ladder, strength, return_trajectory, report)
+            last, trajectory = self._walk("sampling", latents, text, ladder, strength, return_trajectory, report)
         finite.check_walk("sampling", last, self.dtype.name)
         edits = []
         for i, text_of in enumerate(texts):
@@ -406,8 +416,12 @@ class TuneAVideo:
             )
         return edits[0] if isinstance(prompt, str) else edits
 
-    def _walk(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
+    def _walk(self, doing: str, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
         """In one program; where somebody wants to see it go on, in several runs of a shorter one."""
+        with memory.guarded(self._work(doing, latents, rows=len(text))):
+            return jax.block_until_ready(self._steps(latents, text, ladder, guidance, trajectory, progress))
+
+    def _steps(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
         done, paths = 0, []
         watched = processes.agree(progress is not None)  # all run the same programs, whoever looks
         for piece in programs.in_pieces(ladder) if watched else [ladder]:
@@ -437,6 +451,34 @@ class TuneAVideo:
         exact = jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
         with exact, sharding.on(self.mesh):
             yield
+
+    def _work(self, doing: str, latents: Any, *, trained: int = 0, remat: bool = True, rows: int = 0) -> memory.Work:
+        """Tuning of so many parameters, or a walk with so many rows of text, as something that must fit."""
+        _, frames, height, width, _ = latents.shape
+        factor, config = self.parts.vae.config.downsampling, self.parts.unet.config
+        weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(self.parts.unet)))
+        over = self.mesh.shape if self.mesh else {"data": 1, "frames": 1}
+
+        def count(shape: memory.Shape, devices: int, remat: bool = remat) -> int:
+            mine, h, w = -(-shape.frames // devices), -(-shape.height // factor), -(-shape.width // factor)
+            given = {"frozen": weights - 4 * trained, "trained": trained, "itemsize": self.dtype.itemsize}
+            needed = memory.need(config, mine, h, w, remat=remat, **given)
+            return needed.weights + needed.sampling * -(-rows // over["data"]) // 2 if rows else needed.tuning
+
+        shape = memory.Shape(frames, height * factor, width * factor)
+        thrifty = None if remat else functools.partial(count, remat=True)
+        return memory.Work(doing, shape, over["frames"], count, factor, thrifty)
+
+    def _autoencoding(self, doing: str, frames: int, height: int, width: int):
+        """The autoencoder takes a few frames at a time, so that their number does not matter."""
+        config = self.parts.vae.config
+
+        def count(shape: memory.Shape, devices: int) -> int:
+            group = -(-self._group(shape.frames, shape[1:]) // (self.mesh.size if self.mesh else 1))
+            return memory.autoencoding(config, group, *shape[1:], self.dtype.itemsize)
+
+        work = memory.Work(doing, memory.Shape(frames, height, width), 1, count, config.downsampling)
+        return memory.guarded(work)
 
     def _group(self, frames: int, size: tuple[int, int]) -> int:
         """How many frames the VAE takes at once."""

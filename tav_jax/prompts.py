@@ -4,6 +4,7 @@ import hashlib
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from tav_jax.errors import InputError, WeightsError
+from tav_jax.errors import InputError, WeightsError, brief, is_text
+
+LONGEST = 100_000  # characters of a prompt, of which some hundred are read
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # by Windows
+
+
+DIGEST = re.compile(r"-[0-9a-f]{8}([0-9a-f]{32})?$")
 
 
 class PromptCut(UserWarning):
@@ -23,15 +30,25 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer  # takes a second to import
 
     try:
-        return CLIPTokenizer.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer("a word", verbose=False)  # some damage shows only in use
+        tokenizer(["a word"], padding="max_length", max_length=9, truncation=True)
     except Exception as error:  # whatever the library makes of a damaged vocabulary
-        raise WeightsError(f"{folder} is not a readable CLIP tokenizer ({error}); download it again.") from error
+        raise WeightsError(
+            f"{folder} is not a readable CLIP tokenizer ({brief(str(error))}); download it again."
+        ) from error
+    return tokenizer
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarray, "n L"]:
-    """Token ids, padded to `length`; what does not fit is cut, with a warning that says what."""
-    if bad := [text for text in texts if not isinstance(text, str)]:
-        raise InputError(f"a prompt is a text, not {bad[0]!r}")
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int, words: int = 2**31) -> Int[np.ndarray, "n L"]:
+    """Token ids below `words`, padded to `length`; what does not fit is cut, with a warning that says what."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"a prompt is a text, not {brief(text)}")
+        if len(text) > LONGEST:
+            raise InputError(f"a prompt has {len(text)} characters, more than {LONGEST}; {length} words are read of it")
+        if not is_text(text):
+            raise InputError(f"the prompt {brief(text)} holds bytes that are no text; write it in UTF-8")
     for text in texts:
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) > length:
@@ -44,21 +61,30 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarra
                 stacklevel=4,
             )
     encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
-    return encoded.input_ids.astype(np.int32)
+    ids = encoded.input_ids.astype(np.int32)
+    if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < words:  # JAX would take another word's place in silence
+        raise WeightsError(
+            f"the tokenizer gives the number {ids.max()} and the text encoder has {words} words; the two are not from "
+            "one pipeline. Take both from the same one."
+        )
+    return ids
 
 
 def file_names(texts: Sequence[str], *, longest: int = 60) -> list[str]:
     """A safe file name for each prompt, without a suffix; no two alike, and the same ones every time.
 
-    Letters and digits stay, everything else becomes one dash. Where that loses something which tells prompts apart, a
-    short digest of the whole text follows.
+    Letters and digits stay, everything else becomes one dash. Where that loses something which tells prompts apart, or
+    might be taken for a name of another kind, a short digest of the whole text follows.
     """
     plain = [_plain(text) for text in texts]
+    alike, same = Counter(plain), Counter(texts)
     names = []
     for text, name in zip(texts, plain, strict=True):
-        if not name or len(name) > longest or plain.count(name) > texts.count(text):
-            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-            name = f"{name[:longest].rstrip('-') or 'prompt'}-{digest}"
+        if not name or len(name) > longest or alike[name] > same[text] or name in RESERVED or DIGEST.search(name):
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+            # Eight digits tell a person's prompts apart; for two that were made to share them, there are more.
+            name = f"{name[:longest].rstrip('-') or 'prompt'}-{digest[:8]}"
+            name += digest[8:40] if name in names and text != texts[names.index(name)] else ""
         names.append(name)
     return names
 

@@ -276,12 +276,8 @@ def publish_video(workdir: Workdir, video: Any, name: str) -> None:
     """Put a video in its place; of several processes the first one does."""
     if not processes.is_first():
         return
-    scratch = workdir.scratch(name)
-    try:
+    with workdir.making(name) as scratch:
         video.save(scratch)
-        workdir.publish(scratch, name)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def digest(clip: Clip) -> str:

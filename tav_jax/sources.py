@@ -23,9 +23,20 @@ from PIL import Image, ImageOps
 from tav_jax.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-NOT_VIDEO = ("tty", "concat", "hls", "dash")  # FFmpeg also draws text files, and follows lists of other files
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # by content: Pillow reads more, and runs programs for some
+# FFmpeg also draws text, plays devices and what it computes itself, and follows lists of other files. None of these is
+# so much as opened.
+NOT_VIDEO = {
+    *("tty", "bin", "xbin", "adf", "idf", "lavfi", "alsa", "fbdev", "kmsgrab", "oss", "video4linux2,v4l2"),
+    *("concat", "hls", "dash", "hds", "smoothstreaming", "webm_dash_manifest", "rtp", "rtsp", "sap", "sdp"),
+}
+FORMATS = ",".join(sorted(av.formats_available - NOT_VIDEO))
 FOLDER_FPS = 8.0  # a folder of frames does not say how fast it plays
+SLOWEST, FASTEST = Fraction(1, 100), 1000  # frames a second that a file may claim to have
 LARGEST = 16384  # pixels on a side; H.264 goes no further
+PIXELS = 1 << 26  # of a picture, twice as many as 8K video has
+HERTZ = range(8000, 192_001)  # of sound; any other rate is changed
+SOUND = 2 << 30  # bytes; 23 minutes at the highest rate
 Shown = Generator[tuple[int, Callable[[], np.ndarray]], None, None]  # up to which slot, and how to read the picture
 
 
@@ -39,6 +50,9 @@ class Audio:
 def check_sides(path: Path, height: int, width: int) -> None:
     if max(height, width) > LARGEST:
         raise InputError(f"{path} is {height}×{width} pixels, more than {LARGEST} on a side; give a smaller one")
+    if height * width > PIXELS:
+        most = f"{PIXELS / 1e6:.0f} million"
+        raise InputError(f"{path} is {height}×{width} pixels, more than {most} in all; give a smaller one")
 
 
 class Folder:
@@ -49,7 +63,7 @@ class Folder:
     def __init__(self, path: Path, fps: float | None):
         self.fps = Fraction(fps or FOLDER_FPS).limit_denominator(100_000)
         files = (file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
-        self.files = sorted(files, key=_natural)
+        self.files = sorted((file for file in files if file.is_file()), key=_natural)
         if not self.files:
             raise InputError(f"{path} has no pictures in it; expected files such as 0001.png ({', '.join(PICTURES)})")
 
@@ -69,12 +83,12 @@ def _natural(file: Path) -> tuple:
 
 def _read_picture(file: Path) -> np.ndarray:
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=KINDS) as picture:
             check_sides(file, picture.height, picture.width)
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's readers has its own ways to fail on a damaged file
         raise InputError(f"{file} is not a readable picture ({reason(error)}); replace or remove it") from error
 
 
@@ -139,6 +153,11 @@ class File:
         if self.fps != self.native:
             return None
         begin, end = begin + self.begin, end + self.begin
+        if 2 * 4 * HERTZ[-1] * (end - begin) > SOUND:
+            raise InputError(
+                f"the chosen frames of {self.path} last {float(end - begin) / 60:.0f} minutes, too long for their "
+                "sound; ask for fewer frames or a smaller stride, or give fps to leave the sound out"
+            )
         sound, rate = None, 0
         with suppress(FFmpegError, ValueError):  # sound that breaks off is carried as far as it goes
             for at, samples, rate in self._heard(end):
@@ -157,7 +176,8 @@ class File:
             if stream is None or stream.codec_context is None:
                 return
             layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-            resampler = av.AudioResampler(format="fltp", layout=layout)
+            rate = stream.codec_context.sample_rate
+            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate if rate in HERTZ else 48000)
             at = Fraction(0)
             for packet in container.demux(stream, picture):
                 # The pictures are walked along: a sound that has ended would be looked for in the whole file.
@@ -177,7 +197,8 @@ def _opened(path: Path) -> Iterator[tuple]:
     """The container and the stream of its pictures."""
     try:
         # By protocol, so that a name with a colon or a % is a file's name; what it refers to elsewhere is not fetched.
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_pixels": str(PIXELS)}
+        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except (FFmpegError, OSError) as error:
         why = "is not a video, or is cut off" if path.stat().st_size else "is empty"
         raise InputError(f"{path} {why} ({reason(error)}); give a whole video file") from error
@@ -187,9 +208,11 @@ def _opened(path: Path) -> Iterator[tuple]:
         if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
             raise InputError(f"{path} has no picture in it, only {kinds or 'nothing'}; give a video")
-        if stream.codec_context is None or container.format.name in NOT_VIDEO:
+        if stream.codec_context is None or not stream.time_base:
             raise InputError(f"{path} is not a video that FFmpeg decodes; give an MP4, MOV, WebM, MKV or GIF file")
         check_sides(path, stream.height, stream.width)
+        # What the pictures themselves claim may differ from what the file says of them.
+        stream.codec_context.options = {"max_pixels": str(PIXELS)}
         yield container, stream
 
 
@@ -199,7 +222,8 @@ def _even_rate(container, stream) -> Fraction:
     What it finds is not the frames' own where it is about double the average or more: it counts fields, or clock ticks.
     Of a GIF, whose clock ticks 100 times a second, its average is that of the first frames, or of one long pause.
     """
-    average, even = stream.average_rate, stream.guessed_rate
+    rates = stream.average_rate, stream.guessed_rate
+    average, even = (rate if rate and SLOWEST <= rate <= FASTEST else None for rate in rates)
     if average and even:
         found = even <= 50 if container.format.name == "gif" else 1.02 < even / average < 1.9
         return Fraction(even if found else average)

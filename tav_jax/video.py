@@ -21,11 +21,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from tav_jax.errors import InputError, MissingError
-from tav_jax.sources import LARGEST, Audio, File, Folder, check_sides, reason
+from tav_jax.errors import InputError, MissingError, brief
+from tav_jax.sources import FASTEST, LARGEST, SLOWEST, Audio, File, Folder, check_sides, reason
 
 SIDE = 4  # no Stable Diffusion's VAE divides a side by less; the model checks its own factor
 MEMORY = 4 << 30  # bytes of chosen frames
+LONGEST = 100_000  # chosen frames, however small
+GIF_STILL = 65_535  # hundredths of a second that a GIF can show a picture
 Fit = Literal["crop", "stretch"]
 
 __all__ = ["Audio", "Clip", "load_video"]
@@ -50,6 +52,8 @@ class Clip:
         if not len(self.frames):
             raise InputError(f"the clip for {path} has 0 frames; give it 1 or more")
         check_sides(path, *self.frames.shape[1:3])
+        if not SLOWEST <= self.fps <= FASTEST:
+            raise InputError(f"fps is {self.fps!r}; clips are written at {float(SLOWEST)} to {FASTEST} frames a second")
         # Written beside its final place, so that a full disk or a kill leaves no half file under that name.
         scratch = path.with_name(f".{path.stem[:50]}.{uuid.uuid4().hex[:8]}{path.suffix.lower()}")
         try:
@@ -109,12 +113,21 @@ def load_video(
         with tempfile.TemporaryDirectory(prefix="tav_jax_clip_") as scratch:
             local = _fetched(str(path), Path(scratch))
             return load_video(local, frames=frames, size=size, start=start, stride=stride, fit=fit, fps=fps)
+    if "\0" in str(path):
+        raise InputError(f"the path {brief(str(path))} has a NUL in it; give a file's name")
     path = Path(path).expanduser()
     if not os.path.exists(path):
         raise MissingError(f"{path} does not exist; give a video file or a folder of pictures")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions or give another one")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is a pipe or a device; give a video file or a folder of pictures")
     source = Folder(path, fps) if path.is_dir() else File(path, fps)
+    if source.fps / stride < SLOWEST:
+        raise InputError(
+            f"{path} has {float(source.fps):.3g} frames a second, so that stride={stride} plays less than one in "
+            f"{1 / SLOWEST} seconds; use stride={max(1, int(source.fps / SLOWEST))} or less, or give a higher fps"
+        )
     chosen, have, wanted, first = [], 0, start, None
     with closing(source.shown()) as shown:
         for end, read in shown:
@@ -131,6 +144,8 @@ def load_video(
                 chosen.append(picture)
                 wanted += stride
                 _check_memory(path, picture.nbytes * (frames or len(chosen)))
+                if len(chosen) > LONGEST:
+                    raise InputError(f"{path} has more than {LONGEST} frames to choose; say how many with frames=")
             if len(chosen) == frames:
                 break
     if not chosen or (frames is not None and len(chosen) < frames):
@@ -148,19 +163,19 @@ def _check_request(frames, size, start, stride, fit, fps) -> None:
     counts = (("frames", 1 if frames is None else frames, 1), ("start", start, 0), ("stride", stride, 1))
     for name, value, least in counts:
         if not _whole(value) or value < least:
-            raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+            raise InputError(f"{name} is {brief(value)}; it must be a whole number, {least} or more")
     if size is not None and (not isinstance(size, tuple | list) or len(size) != 2):
-        raise InputError(f"size is {size!r}; it must be (height, width)")
+        raise InputError(f"size is {brief(size)}; it must be (height, width)")
     for name, side in zip(("height", "width"), size or (), strict=False):
         if not _whole(side) or side > LARGEST:
-            raise InputError(f"{name} is {side!r}; it must be a multiple of 8, at most {LARGEST}")
+            raise InputError(f"{name} is {brief(side)}; it must be a multiple of 8, at most {LARGEST}")
         if side < SIDE or side % SIDE:
             below = max(side, 0) // 8 * 8
             raise InputError(f"{name} {side} is not a multiple of 8; use {f'{below} or ' if below else ''}{below + 8}")
     if fit not in ("crop", "stretch"):
-        raise InputError(f"fit is {fit!r}; it must be 'crop' or 'stretch'")
-    if fps is not None and not 0 < fps < 1000:
-        raise InputError(f"fps is {fps!r}; it must be above 0 and below 1000")
+        raise InputError(f"fit is {brief(fit)}; it must be 'crop' or 'stretch'")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float | Fraction) or not 0 < fps < 1000):
+        raise InputError(f"fps is {brief(fps)}; it must be above 0 and below 1000")
 
 
 def _whole(value) -> bool:
@@ -266,6 +281,15 @@ def _write_gif(path: Path, clip: Clip) -> None:
         if begins[-1] + 2 <= begin <= total - 2:
             kept.append(index)
             begins.append(begin)
+    if total > GIF_STILL:  # like pictures in a row become one that is shown as long as all of them
+        still = 0
+        for index, (begin, end) in enumerate(pairwise([*begins, total])):
+            same = index and np.array_equal(clip.frames[kept[index]], clip.frames[kept[index - 1]])
+            still = end - begin + (still if same else 0)
+            if still > GIF_STILL:
+                raise InputError(
+                    f"a picture stands still for over {GIF_STILL // 100} s, too long for a GIF; write .mp4"
+                )
     lasting = [10 * (end - begin) for begin, end in pairwise([*begins, total])]
     duration = lasting if len(kept) > 1 else total * 10  # Pillow wants no list for a single picture
     path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=duration, loop=0))

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tav_jax.errors import InputError, WeightsError
+from tav_jax import memory
+from tav_jax.errors import InputError, ShortOfMemoryError, WeightsError, listed
 from tav_jax.layout import CONFIGS, Layout
 from tav_jax.models import VAE, ClipText, UNet
-from tav_jax.tensors import tensors_in
+from tav_jax.tensors import FLOATS, tensors_in
 
 # Their name → our path. The first row that matches whole decides; a name that no row matches is an error.
 _CONV = r"conv(?:\d|_in|_out|_shortcut)?"
@@ -77,6 +78,10 @@ OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 # Buffers without weights, and heads that Stable Diffusion does not use.
 IGNORED = {"text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight"}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 # What a 2D UNet cannot have: the inflation adds it.
 TEMPORAL = re.compile(r".+\.(?:attn_temp|norm_temp)\..+")
 
@@ -89,14 +94,16 @@ def translate(table: list[tuple[str, str]], name: str) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "dtype"))
-def _place(x: Any, *, kernel: bool, dtype: Any) -> jax.Array:
-    """A tensor as our modules hold it. torch's kernels are (out, in[, height, width]), ours ([height, width,] in, out).
+def _place(x: Any, *, kernel: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """A tensor as our modules hold it, and whether all of it is finite there. torch's kernels are (out, in[, height,
+    width]), ours ([height, width,] in, out).
 
     Done on the device: it is several times faster than in numpy, and half-precision files travel as they are.
     """
     if kernel:
         x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    return x.astype(dtype)
+    x = x.astype(dtype)
+    return x, jnp.isfinite(x).all()
 
 
 def to_torch(x: np.ndarray, path: str) -> np.ndarray:
@@ -146,13 +153,18 @@ class Pipeline:
     @classmethod
     def load(cls, layout: Layout, dtype, *, exact: Callable[..., bool], seed: int = 0) -> "Pipeline":
         """Read every component in `dtype`; the UNet's weights that the filter `exact` picks stay in float32."""
-        unet = abstract(UNet, layout.unet, dtype)
+        unet, vae = abstract(UNet, layout.unet, dtype), abstract(VAE, layout.vae, dtype)
+        text_encoder = abstract(ClipText, layout.text_encoder, dtype)
+        size = sum(x.size for x in jax.tree.leaves((unet, vae, text_encoder))) * jnp.dtype(dtype).itemsize
+        if (room := memory.capacity()) is not None and size > room:
+            raise ShortOfMemoryError(
+                f"the weights of {layout.root} take {size / 2**30:.1f} GiB in {jnp.dtype(dtype)} and a device has "
+                f"{room / 2**30:.1f}; use a smaller dtype, a smaller model or a machine with more memory"
+            )
         digests = fill(
             unet, layout.root, "unet", lambda path: jnp.float32 if exact(path.split("."), None) else dtype, seed
         )
-        vae = abstract(VAE, layout.vae, dtype)
         of_vae = fill(vae, layout.root, "vae", lambda path: dtype)
-        text_encoder = abstract(ClipText, layout.text_encoder, dtype)
         digests |= of_vae | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
         old_names = any(name.endswith(".proj_attn.weight") for name in of_vae)
         whole = hashlib.blake2b(
@@ -165,7 +177,7 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
     """Put the tensors of `root/part` into an abstract module; a 2D UNet gets temporal layers. Gives their digests."""
     state = nnx.state(module)
     places = flat(state)
-    unexpected, misshapen, found = [], [], {}
+    unexpected, misshapen, unfit, found = [], [], [], {}
     for tensor in tensors_in(root / part):
         if part in IGNORED and re.fullmatch(IGNORED[part], tensor.name):
             continue
@@ -175,13 +187,16 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
         elif tensor.shape != (expected := _torch_shape(places[path].shape, path)):
             misshapen.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
             found[path] = tensor
+        elif tensor.kind not in FLOATS:
+            unfit.append(f"{tensor.name} is {tensor.kind}, expected {' or '.join(FLOATS)}")
+            found[path] = tensor
         else:
             found[path] = tensor
     missing = [path for path in places if path not in found]
     inflate = part == "unet" and not any(TEMPORAL.fullmatch(path) for path in found)
     if inflate:
         missing = [path for path in missing if not TEMPORAL.fullmatch(path)]
-    _report(root / part, [translate(WRITE[part], path) for path in missing], unexpected, misshapen)
+    _report(root / part, [translate(WRITE[part], path) for path in missing], unexpected, misshapen, unfit)
 
     digests = {}
     for path, place in places.items():
@@ -189,21 +204,25 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
         if path in found:
             raw = np.ascontiguousarray(found[path].read())
             digests[found[path].name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
-            array = _place(raw, kernel=path.endswith(".kernel"), dtype=dtype)
-            place.set_value(jax.block_until_ready(array))  # one at a time, or the raw ones would pile up
+            # One at a time, or the raw ones would pile up.
+            with np.errstate(over="ignore"):  # told below
+                array, finite = jax.block_until_ready(_place(raw, kernel=path.endswith(".kernel"), dtype=dtype))
+            if not finite:
+                raise WeightsError(
+                    f"{root / part}: {found[path].name} holds values that are no numbers, or too large for "
+                    f"{jnp.dtype(dtype)}; download the component again, or use dtype float32."
+                )
+            place.set_value(array)
         else:
             place.set_value(fresh_temporal(path, place.shape, seed).astype(dtype))
     nnx.update(module, state)
     return digests
 
 
-def _report(folder: Path, missing: list[Any], unexpected: list[str], misshapen: list[str]) -> None:
-    """One error that lists everything that does not fit."""
-    problems = [
-        f"{len(names)} {what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
-        if names
-    ]
+def _report(folder: Path, *lists: list[Any]) -> None:
+    """One error that names everything that does not fit."""
+    kinds = ("missing", "unexpected", "of a wrong shape", "of a wrong type")
+    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in zip(kinds, lists, strict=True) if names]
     if problems:
         raise WeightsError(
             f"{folder}: the tensors do not fit its config.json: {'; '.join(problems)}. Weights and config must be of "
@@ -271,8 +290,10 @@ def save(pipeline: Pipeline, directory: str | Path) -> None:
     try:
         for part in CONFIGS:
             (scratch / part).mkdir()
-        for file in (layout.root / "tokenizer").iterdir():
-            shutil.copyfile(file, scratch / "tokenizer" / file.name)
+        # By name: what else a downloaded folder holds, or links to, is nobody's to pass on.
+        for file in (layout.root / "tokenizer" / name for name in TOKENIZER_FILES):
+            if file.is_file():
+                shutil.copyfile(file, scratch / "tokenizer" / file.name)
         for part, config in layout.configs.items():
             if part != "tokenizer":
                 _write_json(scratch / part / CONFIGS[part], inflated_config(config) if part == "unet" else config)

@@ -7,6 +7,7 @@ place: by a rename here, by one upload there.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import socket
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +127,27 @@ class Workdir:
         """A small file, whole or not at all; of several processes the first one writes it."""
         if not processes.is_first():
             return
-        scratch = self.scratch(name)
-        try:
+        with self.making(name) as scratch:
             scratch.write_text(text)
+
+    @contextlib.contextmanager
+    def making(self, name: str) -> Iterator[Path]:
+        """A place to make a file at, which is then published as `name`; whatever goes wrong, no half of it stays."""
+        scratch = None
+        try:
+            scratch = self.scratch(name)
+            yield scratch
             self.publish(scratch, name)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            mend = "make room there" if full else "give a folder that may be written"
+            raise InputError(
+                f"{self.path / name} could not be written ({(error.strerror or str(error)).lower()}); {mend} and run "
+                "the same command again"
+            ) from error
+        finally:
+            if scratch:
+                scratch.unlink(missing_ok=True)
 
     def scratch(self, name: str) -> Path:
         """Where a file that will be published as `name` is made: a hidden one beside it."""

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tav_jax.errors import InputError, WeightsError
+from tav_jax.errors import InputError, WeightsError, brief
 
 Prediction = Literal["epsilon", "v_prediction"]
 Values = Array | np.ndarray
+MOST_STEPS = 100_000  # of training; 1000 is usual
 Level = Float[Values, ""] | np.floating | float
 
 
@@ -42,8 +43,8 @@ def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
 
         return np.array([min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)], np.float32)
     raise WeightsError(
-        f"the scheduler's beta_schedule is {schedule!r}; known are 'scaled_linear' (Stable Diffusion's), 'linear' and "
-        "'squaredcos_cap_v2'. Mend scheduler/scheduler_config.json."
+        f"the scheduler's beta_schedule is {brief(schedule)}; known are 'scaled_linear' (Stable Diffusion's), 'linear' "
+        "and 'squaredcos_cap_v2'. Mend scheduler/scheduler_config.json."
     )
 
 
@@ -54,6 +55,26 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
     i = np.arange(count)
     up, down = np.float64(begin) + step * i, np.float64(end) - step * (count - 1 - i)
     return np.where(i < count // 2, up, down).astype(np.float32)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1
+
+
+def _setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name, default)
+    if isinstance(default, int):
+        if type(value) is not int or not 2 <= value <= MOST_STEPS:
+            raise _unusable(name, value, f"a whole number from 2 to {MOST_STEPS}")
+    elif not _number(value):
+        raise _unusable(name, value, "a number between 0 and 1")
+    return value
+
+
+def _unusable(name: str, value: Any, expected: str) -> WeightsError:
+    return WeightsError(
+        f"the scheduler's {name} is {brief(value)}, expected {expected}. Mend scheduler/scheduler_config.json."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,25 +91,33 @@ class Schedule:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise WeightsError(
-                f"the scheduler's prediction_type is {prediction!r}; only 'epsilon' and 'v_prediction' can be tuned "
-                "and inverted. Mend scheduler/scheduler_config.json if the weights predict one of these."
+                f"the scheduler's prediction_type is {brief(prediction)}; only 'epsilon' and 'v_prediction' can be "
+                "tuned and inverted. Mend scheduler/scheduler_config.json if the weights predict one of these."
             )
         if config.get("rescale_betas_zero_snr"):
             raise WeightsError(
                 "the scheduler's rescale_betas_zero_snr is true: its last level holds no signal and cannot be "
                 "inverted. Set it to false in scheduler_config.json, or use a pipeline with the usual schedule."
             )
-        if config.get("trained_betas") is not None:
-            betas = np.asarray(config["trained_betas"], np.float32)
+        trained = config.get("trained_betas")
+        if trained is not None:
+            if not isinstance(trained, list) or not 2 <= len(trained) <= MOST_STEPS or not all(map(_number, trained)):
+                raise _unusable("trained_betas", trained, f"a list of 2 to {MOST_STEPS} numbers between 0 and 1")
+            betas = np.asarray(trained, np.float32)
         else:
             betas = _betas(
-                config.get("beta_schedule", "linear"),
-                config.get("beta_start", 0.0001),
-                config.get("beta_end", 0.02),
-                config.get("num_train_timesteps", 1000),
+                str(config.get("beta_schedule", "linear")),
+                _setting(config, "beta_start", 0.0001),
+                _setting(config, "beta_end", 0.02),
+                _setting(config, "num_train_timesteps", 1000),
             )
         # torch multiplies up in float64 and rounds each product once.
         levels = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
+        if not 0 < levels.min() <= levels.max() < 1:
+            raise WeightsError(
+                "the scheduler's betas leave a level without any signal, or without any noise, which cannot be "
+                "inverted. Mend scheduler/scheduler_config.json."
+            )
         return cls(levels, 1.0 if config.get("set_alpha_to_one", True) else float(levels[0]), prediction)
 
     @property

@@ -1,0 +1,266 @@
+"""What holds for every prompt, every choice of frames and every config, whoever wrote it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tav_jax import config, edit
+from tav_jax.errors import InputError, TavError, brief, listed
+from tav_jax.layout import text_config, unet_config, vae_config
+from tav_jax.prompts import file_names
+from tav_jax.video import load_video
+from tav_jax.workdir import Workdir
+
+steady = settings(
+    derandomize=True, database=None, deadline=None, max_examples=120, suppress_health_check=list(HealthCheck)
+)
+PROMPTS = st.one_of(
+    st.text(st.characters(), max_size=200),  # surrogates and control characters included
+    st.text(".-_ /\\", max_size=80),
+    st.sampled_from(
+        ["a b", "A, b!", "a  b", "con", "NUL", "com1", "../../x", "..", "\0", "🎿", "滑雪", "é", "x" * 9999]
+    ),
+    st.lists(st.sampled_from(["..", "/", "\\", "C:", "~", "%2e", "\u202e", "a", "con"]), max_size=9).map("".join),
+)
+
+
+def outcome(call, *args, **options):
+    """What a call gives and None, or None and the one line with which it refuses."""
+    try:
+        return call(*args, **options), None
+    except TavError as error:
+        return None, str(error)
+
+
+# --------------------------------------------------------------------------------------------------------- prompts
+
+
+@steady
+@given(st.lists(PROMPTS, min_size=1, max_size=8))
+def test_no_prompt_leads_out_of_its_folder_or_over_another(tmp_path_factory, texts):
+    names = file_names(texts)
+    root = tmp_path_factory.getbasetemp()
+    for name in names:
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+        assert len(name) <= 101
+        assert name.split("-")[0] == name or name not in ("con", "nul")
+        assert not re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", name)  # devices on Windows, whatever the suffix
+        assert (root / f"{name}.mp4").resolve().parent == root.resolve()
+    assert len(set(names)) == len(set(texts))
+    assert file_names(texts) == names
+
+
+def test_a_prompt_that_spells_out_anothers_name_gets_one_of_its_own():
+    texts = ["a b", "a, b"]
+    for _ in range(3):
+        names = file_names(texts)
+        assert len(set(names)) == len(texts)
+        texts.append(names[-1])  # the very name that another has
+
+
+def test_prompts_whose_short_digests_are_alike_differ(monkeypatch):
+    from tav_jax import prompts
+
+    class Alike:
+        def __init__(self, data):
+            self.data = data
+
+        def hexdigest(self):
+            return "0" * 8 + self.data.hex().ljust(56, "f")
+
+    monkeypatch.setattr(prompts.hashlib, "sha256", Alike)
+    assert len(set(file_names(["🎿", "⛷", "..."]))) == 3
+
+
+@steady
+@given(st.lists(PROMPTS, min_size=1, max_size=4, unique=True), st.lists(st.integers(0, 99), min_size=1, max_size=3))
+def test_no_two_videos_of_an_edit_share_a_name(texts, seeds):
+    targets = [name for _, _, name in edit._targets(texts, seeds, ".mp4")]
+    targets += [file_names(["side by side " + ", ".join(texts)])[0] + ".mp4"]
+    assert len(set(targets)) == len(targets)
+
+
+@steady
+@given(st.text(st.characters(), max_size=300))
+@example("x" * 10_000)
+@example("\ud800\0\u202e")
+def test_every_prompt_can_be_a_caption(text):
+    assert edit.caption(text, 64).shape[1:] == (64, 3)
+
+
+@steady
+@given(st.recursive(st.none() | st.text(st.characters()) | st.integers() | st.floats(), st.lists, max_leaves=200))
+def test_a_sentence_holds_any_value_on_one_short_line(value):
+    for said in (brief(value), listed([str(value)] * 30)):
+        assert said.isprintable() or not str(value).isprintable()
+        assert "\n" not in said
+        assert len(said) < 2000
+
+
+# ----------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory) -> Path:
+    """Thirty pictures of which each has its number as its colour."""
+    folder = tmp_path_factory.mktemp("stills")
+    for i in range(30):
+        Image.fromarray(np.full((8, 8, 3), 8 * i, np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@steady
+@given(start=st.integers(0, 35), stride=st.integers(1, 40), frames=st.none() | st.integers(1, 35))
+def test_the_frames_are_those_of_the_formula(stills, start, stride, frames):
+    expected = list(range(start, 30, stride))[:frames]
+    if not expected or (frames is not None and len(expected) < frames):
+        with pytest.raises(InputError):
+            load_video(stills, start=start, stride=stride, frames=frames)
+    else:
+        clip = load_video(stills, start=start, stride=stride, frames=frames)
+        assert (clip.frames[:, 0, 0, 0] // 8).tolist() == expected
+        assert clip.fps == pytest.approx(8 / stride)
+
+
+@steady
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "frames": st.none() | st.integers(),
+            "start": st.integers(),
+            "stride": st.integers(),
+            "size": st.none() | st.tuples(st.integers(), st.integers()) | st.just((8, 16)),
+            "fps": st.none() | st.floats(),
+        },
+    )
+)
+def test_any_request_gives_a_clip_or_a_sentence(stills, request_of):
+    clip, refused = outcome(load_video, stills, **request_of)
+    assert refused.isprintable() if clip is None else 0 < len(clip.frames) <= 30
+
+
+# ---------------------------------------------------------------------------------------------------------- configs
+
+NAMES = sorted(dict(config.leaves(config.get_config())))
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([10**400, -(10**400), 2**63, 8, 16, 512]),
+    st.floats(),
+    st.text(st.characters(), max_size=20),
+    st.sampled_from(["bfloat16", "float32", "crop", "stretch", "sparse-causal", "first-frame", "per-frame"]),
+    st.lists(st.text(st.characters(), max_size=5) | st.integers(), max_size=3),
+    st.lists(st.text(max_size=5), max_size=3).map(tuple),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+    st.binary(max_size=5),
+)
+
+
+@settings(steady, max_examples=300)
+@given(st.dictionaries(st.sampled_from([*NAMES, "train", "train.stepz", "x", ""]), VALUES, max_size=4))
+def test_any_config_is_good_or_refused_in_one_line(changes):
+    table = config.get_config().to_dict()
+    for name, value in changes.items():
+        *groups, last = name.split(".")
+        inner = table.setdefault(groups[0], {}) if groups else table
+        (inner if isinstance(inner, dict) else table)[last] = value
+    good, refused = outcome(config.validate, table)
+    if good is None:
+        assert refused.isprintable()
+        assert len(refused) < 5000
+        return
+    assert {name: type(value) for name, value in config.leaves(good)} == {
+        name: type(value) for name, value in config.leaves(config.get_config())
+    }
+    assert config.from_json(config.to_json(good)) == good
+    assert config.validate(good) == good
+
+
+# What lets a value through: the type of the default, or an int where that is a float, or a list where it is a tuple.
+@steady
+@given(st.sampled_from(NAMES), st.one_of(st.integers(-5, 2000), st.floats(-2, 2), st.booleans(), st.text(max_size=3)))
+def test_a_value_of_another_type_is_refused_by_its_name(name, value):
+    default = dict(config.leaves(config.get_config()))[name]
+    if type(value) is type(default) or (type(default) is float and type(value) is int):
+        return
+    *groups, last = name.split(".")
+    with pytest.raises(InputError, match=re.escape(f"{name} is {brief(value)}, expected")):
+        config.validate({groups[0]: {last: value}} if groups else {last: value})
+
+
+@steady
+@given(
+    st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=9).map(json.dumps)
+)
+@example("[" * 100_000)
+@example('{"train": {"steps": ' + "9" * 5000 + "}}")
+def test_any_text_in_place_of_a_kept_config_is_one_sentence(text):
+    good, refused = outcome(config.from_json, text)
+    assert refused.isprintable() if good is None else good == config.get_config()
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], ConfigDict({"train": 1})])
+def test_what_is_no_config_is_said(value):
+    with pytest.raises(InputError):
+        config.validate(value)
+
+
+# --------------------------------------------------------------------------------------------- configs of components
+
+SETTINGS = (
+    *("block_out_channels", "layers_per_block", "attention_head_dim", "num_attention_heads", "cross_attention_dim"),
+    *("norm_num_groups", "norm_eps", "use_linear_projection", "flip_sin_to_cos", "freq_shift", "down_block_types"),
+    *(
+        "up_block_types",
+        "in_channels",
+        "out_channels",
+        "latent_channels",
+        "scaling_factor",
+        "hidden_size",
+        "vocab_size",
+    ),
+    *("intermediate_size", "num_hidden_layers", "max_position_embeddings", "hidden_act", "layer_norm_eps", "act_fn"),
+    "vocab_size",
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([10**9, -1, 0, 8]),
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=20,
+)
+
+
+@settings(steady, max_examples=250)
+@given(st.dictionaries(st.sampled_from(SETTINGS), JSON, max_size=4))
+def test_any_components_config_is_of_a_bounded_network_or_refused_in_one_line(changes):
+    for read in (unet_config, vae_config, text_config):
+        made, refused = outcome(read, changes, Path("model/config.json"))
+        if made is None:
+            assert refused.isprintable()
+            assert len(refused) < 1500
+            continue
+        for value in vars(made).values():
+            for number in value if isinstance(value, tuple) else (value,):
+                assert isinstance(number, str) or (0 <= number <= 1_000_000)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+@steady
+@given(st.lists(PROMPTS, min_size=1, max_size=3))
+def test_what_is_published_stays_in_the_run(tmp_path_factory, texts):
+    root = tmp_path_factory.getbasetemp() / "run"
+    folder = Workdir(root)
+    for name in file_names(texts):
+        scratch = folder.scratch(f"edits/{name}.mp4")
+        assert scratch.parent == root / "edits"
+        assert len(scratch.name.encode()) <= 255
