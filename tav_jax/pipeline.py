@@ -25,6 +25,7 @@ from tav_jax import programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
+from tav_jax.models.remat import called
 from tav_jax.progress import Progress, progress_bar, shown
 from tav_jax.video import Clip
 
@@ -189,11 +190,11 @@ class TuneAVideo:
         max_grad_norm: float = 1.0,
         seed: int = 33,
         trainable: Sequence[str] = training.TRAINABLE,
-        remat: bool = True,
+        remat: str | bool = "block",
         fsdp: bool = False,
     ) -> tuple[training.Learner, Advance]:
         """What `training.loop` needs: a fresh learner, and the function that takes it one step on. With `fsdp` what is
-        learned, and its moments, are kept in parts over all devices."""
+        learned, and its moments, are kept in parts over all devices. `remat` is a name of `models/remat.py`."""
         key = jax.random.key(seed)
         mean, std = posterior
 
@@ -209,7 +210,11 @@ class TuneAVideo:
             fsdp=fsdp,
         )
 
-    def _lesson(self, take_step, text, hyper, *, trainable: Sequence[str], remat: bool, fsdp: bool = False):
+    def _lesson(self, take_step, text, hyper, *, trainable: Sequence[str], remat: str | bool, fsdp: bool = False):
+        try:
+            remat = called(remat)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         graph, trained, frozen = nnx.split(self.parts.unet, training.subset(trainable), ...)
         rest = (text, jnp.asarray(self.schedule.levels), training.Hyper(*(jnp.float32(x) for x in hyper)))
         options = {"prediction": self.schedule.prediction, "remat": remat, "fsdp": fsdp}
@@ -246,7 +251,7 @@ class TuneAVideo:
         max_grad_norm: float = 1.0,
         seed: int = 33,
         trainable: Sequence[str] = training.TRAINABLE,
-        remat: bool = True,
+        remat: str | bool = "block",
         progress: bool | None = None,
     ) -> Tuned:
         """Learn the clip's motion; leaves the UNet tuned. `progress` shows a bar: by default where somebody looks."""
@@ -278,7 +283,7 @@ class TuneAVideo:
         weight_decay: float = 1e-2,
         max_grad_norm: float = 1.0,
         trainable: Sequence[str] = training.TRAINABLE,
-        remat: bool = True,
+        remat: str | bool = "block",
     ) -> Tuned:
         """Training steps on given latents, timesteps and noise; leaves the UNet tuned."""
         latents, noise = self._checked_latents(latents), jnp.asarray(noise, jnp.float32)

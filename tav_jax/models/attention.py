@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tav_jax.kernels import attend
+from tav_jax.models.remat import name_attention
 from tav_jax.models.resnet import group_norm
 from tav_jax.sharding import CLIP, pin
 
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
         )
 
     def join(self, x: Float[Array, "*b T N D"]) -> Float[Array, "*b T c"]:
-        return self.to_out[0](x.reshape(*x.shape[:-2], -1))
+        return self.to_out[0](name_attention(x.reshape(*x.shape[:-2], -1)))
 
     def spatial(self, x: Float[Array, "B F T c"], kind: SpatialAttention) -> Float[Array, "B F T c"]:
         q, k, v = self.project(x, x)  # [B, F, T, N, D]
