@@ -9,7 +9,7 @@ tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).sa
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,6 @@ Given = Array | np.ndarray  # what a caller may hand over
 Frames = Clip | UInt8[np.ndarray, "F H W 3"]
 Advance = Callable[[training.Learner, int], tuple[training.Learner, training.Report]]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
-PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
 
 
 class Tuned(NamedTuple):
@@ -414,19 +413,11 @@ class TuneAVideo:
 
     # ------------------------------------------------------------------------------------------------ checks
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """What programs run under: the mesh, and full float32 products where float32 was asked for (accelerators take
-        fewer bits unless told)."""
-        exact = jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
-        with exact, sharding.on(self.mesh):
-            yield
+    def _running(self) -> contextlib.AbstractContextManager[None]:
+        return programs.running(self.dtype, self.mesh)
 
     def _group(self, frames: int, size: tuple[int, int]) -> int:
-        """How many frames the VAE takes at once."""
-        devices = self.mesh.size if self.mesh else 1
-        each = min(-(-frames // devices), max(1, PIXELS_AT_ONCE // (size[0] * size[1])))
-        return each * devices
+        return programs.group_of(frames, *size, self.mesh)
 
     def check_size(self, height: int, width: int) -> None:
         factor = self.parts.vae.config.downsampling

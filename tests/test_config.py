@@ -83,7 +83,7 @@ def test_overrides_reach_the_config_in_its_types():
         (["--config.clip.height=502"], "clip.height 502 is not a multiple of 8 from 8 to 8192; use 496 or 504"),
         (["--config.mesh.frames=-1"], "mesh.frames is -1; it must be 0 to 65536"),
         (["--config.model.dtype=int4"], "model.dtype is 'int4'; it must be one of bfloat16, float16, float32"),
-        (["--verbose"], "'--verbose' is not an option of `tav train`"),
+        (["--verbose"], "'--verbose' is not an option; settings are --config.NAME=VALUE"),
         (["--config.train.trainable=('down',)"], "must name at least one kind of layer"),
     ],
 )

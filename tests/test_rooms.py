@@ -46,9 +46,13 @@ ALLOWED = {
         *("cache", "edit", "pipeline", "progress", "prompts", "training", "workdir"),
         *("flax", "optax", "safetensors", "diffusion", "models", "weights"),  # pretraining
     },
+    "plan": {
+        *("jax", "flax", "errors", "cache", "layout", "models", "diffusion", "programs", "sharding", "training"),
+        "weights",
+    },
     "cli": {
         *("absl", "ml_collections", "errors", "__version__"),
-        *("cache", "config", "doctor", "edit", "run", "sprites", "weights"),
+        *("cache", "config", "doctor", "edit", "plan", "run", "sprites", "weights"),
     },
     "__main__": {"cli"},
     "__init__": {"errors", "pipeline", "prompts", "video"},
