@@ -9,20 +9,22 @@ from pathlib import Path
 import jax
 
 
-def folder() -> Path:
-    """In the user's cache folder or, where there is none to write to, in the temporary one.
-
-    Programs for a CPU use all that this CPU can do, and a home folder may be shared by unlike machines: each kind of
-    processor has a folder of its own.
-    """
+def base() -> Path:
+    """In the user's cache folder or, where there is none to write to, in the temporary one."""
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tav_jax"
-        base.mkdir(parents=True, exist_ok=True)
-        if not os.access(base, os.W_OK):
+        wanted = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tav_jax"
+        wanted.mkdir(parents=True, exist_ok=True)
+        if not os.access(wanted, os.W_OK):
             raise PermissionError
+        return wanted
     except (OSError, RuntimeError):  # no home folder, or one that may not be written
-        base = Path(tempfile.gettempdir()) / f"tav_jax-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
-    return base / "compiled" / _processor()
+        return Path(tempfile.gettempdir()) / f"tav_jax-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+
+
+def folder() -> Path:
+    """Programs for a CPU use all that this CPU can do, and a home folder may be shared by unlike machines: each kind of
+    processor has a folder of its own."""
+    return base() / "compiled" / _processor()
 
 
 def _processor() -> str:

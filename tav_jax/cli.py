@@ -37,6 +37,11 @@ examples:
   tav train  --config=configs/man_skiing.py --workdir=runs/ski
   tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
   tav export --workdir=runs/ski --out=spider-ski
+  tav plan   --config=configs/man_skiing.py --topology=v5e-8
+"""
+PLAN = """\
+Compile a run's programs for a TPU that is not here, and say what each needs of it: memory, time at the least, what the
+chips tell each other. Needs no weights and no clip. At full size a program takes many minutes; reports are kept.
 """
 
 
@@ -100,6 +105,30 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, help="the folder to write; it must not hold anything yet")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a run fits a TPU, without having one",
+        description=PLAN,
+        epilog=SETTINGS + "  --config.model.path=sd1      or sd2, a directory, or a hub id that has either in its name",
+        formatter_class=raw,
+    )
+    plan.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        help="such as v5e-8 or v5e:2x4; may be given several times (sweep)",
+    )
+    plan.add_argument(
+        "--function", action="append", default=[], help="tune, invert, sample, encode or decode (default: all)"
+    )
+    plan.add_argument("--json", action="store_true", help="one line of JSON")
+    plan.add_argument("--no-search", action="store_true", help="where it does not fit, do not look for what would")
+    plan.add_argument("--sweep", action="store_true", help="a table and a picture over frames and topologies")
+    plan.add_argument("--frames", default="8,16,24,32", help="of the sweep (default: %(default)s)")
+    plan.add_argument("--every", action="store_true", help="compile every point of the sweep, not only the ends")
+    plan.add_argument("--out", default="plan", help="folder for the sweep's files (default: %(default)s)")
+    plan.add_argument("--cache", help="folder where reports are kept (default: the user's cache folder)")
+
     commands.add_parser("doctor", help="say what this machine has, what is missing, and what mends it")
     return top
 
@@ -112,7 +141,7 @@ def read_config(arguments: Sequence[str]) -> Any:
     from tav_jax import config
 
     if unknown := [a for a in arguments if not a.startswith(("--config=", "--config."))]:
-        raise InputError(f"{unknown[0]!r} is not an option of `tav train`; settings are --config.NAME=VALUE")
+        raise InputError(f"{unknown[0]!r} is not an option; settings are --config.NAME=VALUE")
     names = [a.removeprefix("--config.").split("=")[0] for a in arguments if a.startswith("--config.")]
     if complaints := config.unknown(names):
         raise InputError("; ".join(complaints))
@@ -164,6 +193,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         from tav_jax import doctor
 
         return doctor.report()
+    if arguments.command == "plan":
+        return run_plan(arguments, read_config(rest))
     hush()
     if arguments.command == "train":
         with Stop() as stop:  # before anything slow is imported
@@ -227,9 +258,31 @@ def train(arguments: argparse.Namespace, rest: Sequence[str], stop: Stop) -> int
     return 0
 
 
+def run_plan(arguments: argparse.Namespace, config: Any) -> int:
+    from tav_jax import plan
+
+    plan.prepare()  # before anything imports JAX
+    from tav_jax.plan import command
+
+    options = {"names": arguments.function, "folder": arguments.cache}
+    if arguments.sweep:
+        counts = arguments.frames.split(",")
+        if not all(count.strip().isdecimal() for count in counts):
+            raise InputError(f"--frames is {arguments.frames!r}; give whole numbers such as 8,16,24,32")
+        for path in command.sweep_to(
+            config, arguments.topology, [int(n) for n in counts], arguments.out, every=arguments.every, **options
+        ):
+            print(f"Wrote {path}.")
+        return 0
+    if len(arguments.topology) > 1:
+        raise InputError(f"{len(arguments.topology)} topologies are given; several are for --sweep only")
+    command.plan(config, arguments.topology[0], as_json=arguments.json, search=not arguments.no_search, **options)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in ("train", "plan"):
         parser().error(f"{rest[0]} is not an option of `tav {arguments.command}`")
     try:
         return run(arguments, rest)

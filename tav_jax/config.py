@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
                 "max_grad_norm": 1.0,
                 # Suffixes of module names; with any of down, mid, up only in these parts of the UNet.
                 "trainable": ("attn1.to_q", "attn2.to_q", "attn_temp"),
-                "remat": True,  # keep only each block's input for the backward pass
+                "remat": "block",  # what is kept for the backward pass; see REMAT
                 "checkpoint_every": 100,  # 0: only at the end
                 "keep_newest": 2,
                 "keep_every": 0,  # and every such step for good; 0: none
@@ -71,13 +71,17 @@ def get_config() -> ConfigDict:
 
 
 # What may be different when a run continues; everything else would make it another run.
-MAY_CHANGE = ("train.steps", "train.preview_every", "edit.", "log.", "mesh.", "model.kernel")
+MAY_CHANGE = ("train.steps", "train.preview_every", "train.remat", "edit.", "log.", "mesh.", "model.kernel")
+
+# From the fastest to the leanest; what each keeps is told in models/remat.py.
+REMAT = ("none", "products", "attention", "block", "level")
 
 CHOICES = {
     "model.dtype": ("bfloat16", "float16", "float32"),
     "model.spatial_attention": ("sparse-causal", "first-frame", "per-frame"),
     "model.kernel": ("auto", "plain", "fused", "splash", "cudnn", "interpret"),
     "clip.fit": ("crop", "stretch"),
+    "train.remat": REMAT,
 }
 # name → least, most
 RANGES = {
@@ -138,6 +142,8 @@ def validate(config: Any) -> ConfigDict:
     for name, value in told:
         if name not in known:
             continue
+        if name == "train.remat":
+            value = {"true": "block", "false": "none"}.get(str(value).lower(), value)  # as it was said at first
         if (fitting := _as_type(value, known[name])) is None:
             problems.append(f"{name} is {brief(value)}, expected {_kind(known[name])} such as {known[name]!r}")
         else:

@@ -55,7 +55,7 @@ class Layout:
     def open(cls, source: str | Path, **unet_options) -> "Layout":
         """Check a pipeline directory, hub id or bucket path whole, before a single tensor is read."""
         root = _local(source)
-        index = _read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+        index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
         _refuse_other_families(root, index)
         missing = [f"{part}/{file}" for part, file in CONFIGS.items() if not (root / part / file).is_file()]
         vocabulary = ("tokenizer.json",), ("vocab.json", "merges.txt")
@@ -63,7 +63,7 @@ class Layout:
             missing += ["tokenizer/vocab.json with merges.txt, or tokenizer.json"]
         if missing:
             raise MissingError(f"{root} has no {', no '.join(missing)}: it is not a whole pipeline. {HOW_TO_GET}")
-        configs = {part: _read_json(root / part / file) for part, file in CONFIGS.items()}
+        configs = {part: read_json(root / part / file) for part, file in CONFIGS.items()}
         unet = unet_config(configs["unet"], root / "unet/config.json", **unet_options)
         vae = vae_config(configs["vae"], root / "vae/config.json")
         text = text_config(configs["text_encoder"], root / "text_encoder/config.json")
@@ -126,7 +126,7 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(CONFIG + 1)

@@ -10,7 +10,7 @@ tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).sa
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from tav_jax import finite, kernels, memory, processes, programs, prompts, shard
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
 from tav_jax.layout import Layout
+from tav_jax.models.remat import called
 from tav_jax.progress import Progress, progress_bar, shown
 from tav_jax.video import Clip
 
@@ -33,7 +34,6 @@ Given = Array | np.ndarray  # what a caller may hand over
 Frames = Clip | UInt8[np.ndarray, "F H W 3"]
 Advance = Callable[[training.Learner, int], tuple[training.Learner, training.Report]]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
-PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
 
 
 class Tuned(NamedTuple):
@@ -207,11 +207,11 @@ class TuneAVideo:
         max_grad_norm: float = 1.0,
         seed: int = 33,
         trainable: Sequence[str] = training.TRAINABLE,
-        remat: bool = True,
+        remat: str | bool = "block",
         fsdp: bool = False,
     ) -> tuple[training.Learner, Advance]:
         """What `training.loop` needs: a fresh learner, and the function that takes it one step on. With `fsdp` what is
-        learned, and its moments, are kept in parts over all devices."""
+        learned, and its moments, are kept in parts over all devices. `remat` is a name of `models/remat.py`."""
         key = jax.random.key(seed)
         mean, std = posterior
 
@@ -228,11 +228,17 @@ class TuneAVideo:
             fsdp=fsdp,
         )
 
-    def _lesson(self, take_step, latents, text, hyper, *, trainable: Sequence[str], remat: bool, fsdp: bool = False):
+    def _lesson(
+        self, take_step, latents, text, hyper, *, trainable: Sequence[str], remat: str | bool, fsdp: bool = False
+    ):
+        try:
+            remat = called(remat)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         graph, trained, frozen = nnx.split(self.parts.unet, training.subset(trainable), ...)
         learned = sum(x.size for x in jax.tree.leaves(trained))
         mine = learned // (self.mesh.size if fsdp and self.mesh else 1)
-        work = self._work("tuning on", latents, trained=mine, remat=remat)
+        work = self._work("tuning on", latents, trained=mine, remat=remat != "none")
         memory.check(work)
         rest = (text, jnp.asarray(self.schedule.levels), training.Hyper(*(jnp.float32(x) for x in hyper)))
         options = {"prediction": self.schedule.prediction, "remat": remat, "fsdp": fsdp}
@@ -270,7 +276,7 @@ class TuneAVideo:
         max_grad_norm: float = 1.0,
         seed: int = 33,
         trainable: Sequence[str] = training.TRAINABLE,
-        remat: bool = True,
+        remat: str | bool = "block",
         progress: bool | None = None,
     ) -> Tuned:
         """Learn the clip's motion; leaves the UNet tuned. `progress` shows a bar: by default where somebody looks."""
@@ -302,7 +308,7 @@ class TuneAVideo:
         weight_decay: float = 1e-2,
         max_grad_norm: float = 1.0,
         trainable: Sequence[str] = training.TRAINABLE,
-        remat: bool = True,
+        remat: str | bool = "block",
     ) -> Tuned:
         """Training steps on given latents, timesteps and noise; leaves the UNet tuned."""
         latents, noise = self._checked_latents(latents), jnp.asarray(noise, jnp.float32)
@@ -444,13 +450,8 @@ class TuneAVideo:
 
     # ------------------------------------------------------------------------------------------------ checks
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """What programs run under: the mesh, and full float32 products where float32 was asked for (accelerators take
-        fewer bits unless told)."""
-        exact = jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
-        with exact, sharding.on(self.mesh):
-            yield
+    def _running(self) -> contextlib.AbstractContextManager[None]:
+        return programs.running(self.dtype, self.mesh)
 
     def _work(self, doing: str, latents: Any, *, trained: int = 0, remat: bool = True, rows: int = 0) -> memory.Work:
         """Tuning of so many parameters, or a walk with so many rows of text, as something that must fit."""
@@ -481,10 +482,7 @@ class TuneAVideo:
         return memory.guarded(work)
 
     def _group(self, frames: int, size: tuple[int, int]) -> int:
-        """How many frames the VAE takes at once."""
-        devices = self.mesh.size if self.mesh else 1
-        each = min(-(-frames // devices), max(1, PIXELS_AT_ONCE // (size[0] * size[1])))
-        return each * devices
+        return programs.group_of(frames, *size, self.mesh)
 
     def check_size(self, height: int, width: int) -> None:
         factor = self.parts.vae.config.downsampling

@@ -4,15 +4,36 @@ Modules are pytrees, so a network goes in as an argument and its weights are nev
 from call to call (text, guidance, tables, timesteps) is an array.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from tav_jax import sharding
 from tav_jax.diffusion import Ladder, guided, walk
 from tav_jax.models import VAE, ClipText, UNet
 from tav_jax.sharding import CLIP, EVERYWHERE, ROWS, pin
+
+PIXELS_AT_ONCE = 4 * 512 * 512  # the VAE takes frames in groups of about this size, so that it is never the peak
+
+
+@contextlib.contextmanager
+def running(dtype: Any, mesh: Mesh | None) -> Iterator[None]:
+    """What programs run under: the mesh, and full float32 products where float32 was asked for (accelerators take
+    fewer bits unless told)."""
+    exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+    with exact, sharding.on(mesh):
+        yield
+
+
+def group_of(frames: int, height: int, width: int, mesh: Mesh | None) -> int:
+    """How many frames the VAE takes at once."""
+    devices = mesh.size if mesh else 1
+    each = min(-(-frames // devices), max(1, PIXELS_AT_ONCE // (height * width)))
+    return each * devices
 
 
 @jax.jit

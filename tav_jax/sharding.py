@@ -8,7 +8,7 @@ devices it gave a sample that was 3 % off (jax 0.10.2, CPU). Without a mesh noth
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -35,9 +35,11 @@ def good_shape(devices: int, frames: int = USUAL_FRAMES) -> tuple[int, int]:
     return devices // over_frames, over_frames
 
 
-def make(shape: tuple[int, int] | None = None, *, frames: int = USUAL_FRAMES) -> Mesh | None:
+def make(
+    shape: tuple[int, int] | None = None, *, frames: int = USUAL_FRAMES, devices: Sequence[Any] | None = None
+) -> Mesh | None:
     """The mesh on the first devices; None where that is a single one. A 0 in `shape` is filled with what there is."""
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     data, over_frames = shape or (0, 0)
     if not data and not over_frames:
         data, over_frames = good_shape(len(devices), frames)

@@ -108,7 +108,7 @@ def loss_of(
     levels: Float[Array, "train_steps"],
     prediction: Prediction,
     *,
-    remat: bool,
+    remat: str | bool,
 ) -> Float[Array, ""]:
     """Mean squared error, in float32, of the predicted noise or velocity."""
     level = levels[example.timestep]
@@ -133,7 +133,7 @@ def train_step(
     hyper: Hyper,
     *,
     prediction: Prediction,
-    remat: bool = True,
+    remat: str | bool = "block",
     fsdp: bool = False,
 ) -> tuple[Learner, Report]:
     """Gradient, clipping by the global norm, AdamW. Pure; jit it with `graph` and what follows `hyper` static.
@@ -158,7 +158,7 @@ replay_step = jax.jit(train_step, static_argnames=STATIC, donate_argnames=("lear
 
 @jax.jit(static_argnames=STATIC, donate_argnames=("learner",))
 def tune_step(
-    graph, learner, frozen, key, step, mean, std, text, levels, hyper, *, prediction, remat=True, fsdp=False
+    graph, learner, frozen, key, step, mean, std, text, levels, hyper, *, prediction, remat="block", fsdp=False
 ) -> tuple[Learner, Report]:
     """Step number `step` of a run: its randomness depends on the key and the number alone, so a run can be resumed."""
     example = draw(jax.random.fold_in(key, step), mean, std, levels.shape[0])

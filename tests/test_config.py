@@ -83,7 +83,7 @@ def test_overrides_reach_the_config_in_its_types():
         (["--config.clip.height=502"], "clip.height 502 is not a multiple of 8 from 8 to 8192; use 496 or 504"),
         (["--config.mesh.frames=-1"], "mesh.frames is -1; it must be 0 to 65536"),
         (["--config.model.dtype=int4"], "model.dtype is 'int4'; it must be one of bfloat16, float16, float32"),
-        (["--verbose"], "'--verbose' is not an option of `tav train`"),
+        (["--verbose"], "'--verbose' is not an option; settings are --config.NAME=VALUE"),
         (["--config.train.trainable=('down',)"], "must name at least one kind of layer"),
     ],
 )
@@ -114,11 +114,28 @@ def test_a_config_file_that_is_missing_or_broken(tmp_path):
         cli.read_config([f"--config={tmp_path}/broken.py"])
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [(True, "block"), (False, "none"), ("True", "block"), ("false", "none"), ("level", "level")]
+)
+def test_remat_is_a_name_and_what_was_once_a_switch_still_works(given, meant):
+    assert config.validate(changed(train__remat=given)).train.remat == meant
+
+
+def test_an_unknown_remat_is_refused():
+    with pytest.raises(InputError, match=r"train\.remat is 'blocks'; it must be one of none, products, attention"):
+        config.validate(changed(train__remat="blocks"))
+
+
 def test_what_may_change_on_continuing():
     before = config.get_config()
     now = config.validate(
         changed(
-            train__steps=900, edit__guidance=7.0, edit__prompts=("a",), train__preview_every=0, log__tensorboard=True
+            train__steps=900,
+            train__remat=False,
+            edit__guidance=7.0,
+            edit__prompts=("a",),
+            train__preview_every=0,
+            log__tensorboard=True,
         )
     )
     assert config.differences(before, now) == []

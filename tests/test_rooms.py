@@ -55,9 +55,13 @@ ALLOWED = {
         *("cache", "edit", "pipeline", "progress", "prompts", "training", "workdir"),
         *("flax", "optax", "safetensors", "diffusion", "models", "weights"),  # pretraining
     },
+    "plan": {
+        *("jax", "flax", "errors", "cache", "kernels", "layout", "models", "diffusion", "programs", "sharding"),
+        *("training", "weights"),
+    },
     "cli": {
         *("absl", "ml_collections", "errors", "__version__"),
-        *("cache", "config", "doctor", "edit", "jax", "processes", "run", "sprites", "stopping", "weights"),
+        *("cache", "config", "doctor", "edit", "jax", "plan", "processes", "run", "sprites", "stopping", "weights"),
     },
     "__main__": {"cli"},
     "__init__": {"errors", "pipeline", "prompts", "video"},

@@ -1,15 +1,20 @@
 """One training step: what learns, what stays, what is compiled."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
 
-from tav_jax import training, weights
+from tav_jax import config, training, weights
 from tav_jax.errors import InputError
 from tav_jax.models import UNet, UNetConfig
+from tav_jax.models.remat import NAMES, called
 from tav_jax.training import Example, Hyper, Learner, is_trainable
 
 SMALL = UNetConfig(
@@ -60,7 +65,7 @@ def step(unet: UNet, learner: Learner | None = None, seed: int = 0, t: int = 321
     )
 
 
-def gradients(unet: UNet, remat: bool):
+def gradients(unet: UNet, remat: str | bool):
     graph, trained, frozen = nnx.split(unet, is_trainable(), ...)
     one, text = example()
 
@@ -74,12 +79,44 @@ def gradients(unet: UNet, remat: bool):
 
 
 def test_every_trained_tensor_gets_a_gradient_everywhere_and_remat_changes_nothing():
-    kept, again = gradients(network(), remat=False), gradients(network(), remat=True)
+    kept = gradients(network(), remat="none")
     places = {path.split(".")[0] for path in kept}
     assert places == {"down_blocks", "mid_block", "up_blocks"}
     for path, gradient in kept.items():
         assert np.abs(gradient).max() > 1e-8, f"{path} gets no gradient"
-        assert np.abs(again[path] - gradient).max() <= 2e-5 * np.abs(gradient).max(), path  # float32's rounding
+    for name in NAMES[1:]:
+        again = gradients(network(), remat=name)
+        for path, gradient in kept.items():  # but for float32's rounding
+            assert np.abs(again[path] - gradient).max() <= 2e-5 * np.abs(gradient).max(), (name, path)
+
+
+def kept_numbers(remat: str, capsys) -> int:
+    """Of the forward pass, for the backward pass; weights and inputs, which are there anyway, left out."""
+    unet = network()
+    graph, trained, frozen = nnx.split(unet, is_trainable(), ...)
+    one, text = example()
+
+    def loss(trained, frozen, one, text):
+        return training.loss_of(nnx.merge(graph, trained, frozen), one, text, LEVELS, "epsilon", remat=remat)
+
+    print_saved_residuals(loss, trained, frozen, one, text)
+    told = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    shapes = [re.match(r"\w+\[([\d,]*)\]", line) for line in told]
+    return sum(math.prod(int(n) for n in shape[1].split(",") if n) for shape in shapes if shape)
+
+
+def test_each_remat_policy_keeps_less_than_the_one_before(capsys):
+    kept = [kept_numbers(name, capsys) for name in NAMES]
+    assert kept[-1] > 0
+    assert kept == sorted(kept, reverse=True), dict(zip(NAMES, kept, strict=True))
+    assert len(set(kept)) == len(kept), dict(zip(NAMES, kept, strict=True))
+
+
+def test_remat_may_be_said_as_it_was_at_first_and_a_wrong_name_is_refused():
+    assert (called(True), called(False), called("level")) == ("block", "none", "level")
+    with pytest.raises(ValueError, match=r"remat is 'blocks'; it must be one of none, products, .*"):
+        called("blocks")
+    assert config.REMAT == NAMES
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -168,7 +168,16 @@ def _backward_kernel(size: Sizes, offset, q, out, g, lse, k0, v0, kp, vp, *rest)
 # ---------------------------------------------------------------------------------------------------- in programs
 
 
-def _call(kernel, size: Sizes, q, *, inputs, outputs, scratch, name: str):
+def _cost(size: Sizes, q, products: int, arrays) -> pl.CostEstimate:
+    """For the compiler's schedule and for `tav plan`, neither of which looks into a kernel."""
+    b, frames, heads, dim, tokens = q.shape
+    seen = 2 * frames - (0 if size.halo else min(frames, 2))  # in frames: 0 and 1 look at one only
+    scores = b * heads * seen * tokens**2
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    return pl.CostEstimate(flops=2 * products * scores * dim, bytes_accessed=moved, transcendentals=scores)
+
+
+def _call(kernel, size: Sizes, q, *, inputs, outputs, scratch, products: int, name: str):
     """`inputs` and `outputs` pair what goes in, or the shape of what comes out, with the block of it that is seen."""
     return pl.pallas_call(
         functools.partial(kernel, size),
@@ -183,6 +192,7 @@ def _call(kernel, size: Sizes, q, *, inputs, outputs, scratch, name: str):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
         ),
+        cost_estimate=_cost(size, q, products, [x for x, _ in (*inputs, *outputs)]),
         interpret=size.interpret,
         name=name,
     )
@@ -217,9 +227,8 @@ def _run_forward(size: Sizes, offset, q, k, v, first, halo):
     sums = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[4]), jnp.float32)
     outputs = [(jax.ShapeDtypeStruct(q.shape, q.dtype), at.queries), (sums, at.rows)]
     scratch = [(1, size.queries), (1, size.queries), (dim, size.queries)]
-    call = _call(
-        _forward_kernel, size, q, inputs=inputs, outputs=outputs, scratch=scratch, name="sparse_causal_forward"
-    )
+    blocks = {"inputs": inputs, "outputs": outputs, "scratch": scratch}
+    call = _call(_forward_kernel, size, q, **blocks, products=2, name="sparse_causal_forward")
     return call(offset, *(x for x, _ in inputs))
 
 
@@ -232,9 +241,8 @@ def _run_backward(size: Sizes, offset, q, k, v, first, halo, out, lse, g):
     outputs = [(like(q.shape, q.dtype), at.queries), *whole[:2]]
     outputs += [(like(x.shape, x.dtype), at.behind) for x in (k, v)] + whole[2:]
     scratch = [(dim, size.queries), (dim, tokens), (dim, tokens)]
-    call = _call(
-        _backward_kernel, size, q, inputs=inputs, outputs=outputs, scratch=scratch, name="sparse_causal_backward"
-    )
+    blocks = {"inputs": inputs, "outputs": outputs, "scratch": scratch}
+    call = _call(_backward_kernel, size, q, **blocks, products=5, name="sparse_causal_backward")
     dq, dk0, dv0, dk, dv, *dhalo = call(offset, *(x for x, _ in inputs))
     dfirst = tuple(x.astype(k.dtype) for x in (dk0, dv0))
     return dq, dk, dv, dfirst, tuple(x.astype(k.dtype) for x in dhalo)

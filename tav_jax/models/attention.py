@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tav_jax.kernels import Kernel, SpatialAttention, attend, attend_frames
+from tav_jax.models.remat import name_attention
 from tav_jax.models.resnet import group_norm
 from tav_jax.sharding import CLIP, pin
 
@@ -37,7 +38,7 @@ class Attention(nnx.Module):
         )
 
     def join(self, x: Float[Array, "*b T N D"]) -> Float[Array, "*b T c"]:
-        return self.to_out[0](x.reshape(*x.shape[:-2], -1))
+        return self.to_out[0](name_attention(x.reshape(*x.shape[:-2], -1)))
 
     def spatial(
         self, x: Float[Array, "B F T c"], sees: SpatialAttention, kernel: Kernel = "plain"

@@ -7,7 +7,6 @@ the 1×3×3 kernel of the video network. Group norms take their statistics over 
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -95,13 +94,3 @@ class Upsample(nnx.Module):
         self, x: Float[Array, "*lead h w c"], size: tuple[int, int] | None = None
     ) -> Float[Array, "*lead h2 w2 c"]:
         return self.conv(nearest(x, size or (2 * x.shape[-3], 2 * x.shape[-2])))
-
-
-def call(block, *args) -> jax.Array:
-    """Run a block as it is."""
-    return block(*args)
-
-
-def rematerialise(block, *args) -> jax.Array:
-    """Run a block so that only its inputs are kept for the backward pass, and the rest is computed again."""
-    return jax.checkpoint(lambda block, *args: block(*args))(block, *args)

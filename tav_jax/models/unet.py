@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Num
 
 from tav_jax.kernels import Kernel, SpatialAttention
 from tav_jax.models.attention import Transformer
-from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, call, conv, frame_mask, group_norm, rematerialise
+from tav_jax.models.remat import policy
+from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv, frame_mask, group_norm
 from tav_jax.sharding import cut_back, fill_up
 
 
@@ -97,7 +98,7 @@ class DownBlock(nnx.Module):
         self.attentions = nnx.List([parts.transformer(cout, heads) for _ in range(layers)] if heads else [])
         self.downsamplers = nnx.List([] if last else [Downsample(cout, **parts.kw)])
 
-    def __call__(self, x, time, text, real, run):
+    def __call__(self, x, time, text, real, *, run):
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = run(resnet, x, time, real)
@@ -115,7 +116,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([parts.resnet(dim, dim) for _ in range(2)])
         self.attentions = nnx.List([parts.transformer(dim, heads)])
 
-    def __call__(self, x, time, text, real, run):
+    def __call__(self, x, time, text, real, *, run):
         x = run(self.resnets[0], x, time, real)
         x = run(self.attentions[0], x, text, real)
         return run(self.resnets[1], x, time, real)
@@ -131,15 +132,14 @@ class UpBlock(nnx.Module):
         self.attentions = nnx.List([parts.transformer(cout, heads) for _ in skip_dims] if heads else [])
         self.upsamplers = nnx.List([] if last else [Upsample(cout, **parts.kw)])
 
-    def __call__(self, x, time, text, real, skips, run):
-        for i, resnet in enumerate(self.resnets):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
+    def __call__(self, x, time, text, real, skips, *, run, size):
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = jnp.concatenate([x, skip], axis=-1)
             x = run(resnet, x, time, real)
             if self.attentions:
                 x = run(self.attentions[i], x, text, real)
         for up in self.upsamplers:
-            # To the next skip connection's size: twice as large, or one less where the latents do not divide.
-            x = up(x, skips[-1].shape[-3:-1])
+            x = up(x, size)
         return x
 
 
@@ -179,10 +179,10 @@ class UNet(nnx.Module):
         timesteps: Num[Array, "B"],
         text: Float[Array, "B L e"],
         *,
-        remat: bool = False,
+        remat: str | bool = "none",
     ) -> Float[Array, "B F H W cout"]:
-        """Predicted noise (or velocity). `remat` keeps only each block's input for the backward pass."""
-        c, run = self.config, rematerialise if remat else call
+        """Predicted noise (or velocity). `remat` says what is kept for the backward pass, see `models/remat.py`."""
+        c, run = self.config, policy(remat)
         time = timestep_embedding(timesteps, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = self.time_embedding(time)  # [B, 4·C0]
 
@@ -191,10 +191,13 @@ class UNet(nnx.Module):
         x = self.conv_in(latents)  # [B, F, H, W, C0]
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, text, real, run)
+            x, more = run.level(block, x, time, text, real, run=run.block)
             skips += more
-        x = self.mid_block(x, time, text, real, run)
+        x = self.mid_block(x, time, text, real, run=run.block)
         for block in self.up_blocks:
-            x = block(x, time, text, real, skips, run)
+            taken = [skips.pop() for _ in block.resnets]
+            # To the next skip connection's size: twice as large, or one less where the latents do not divide.
+            size = skips[-1].shape[-3:-1] if skips else None
+            x = run.level(block, x, time, text, real, taken, run=run.block, size=size)
         x = self.conv_out(nnx.silu(self.conv_norm_out(x, mask=frame_mask(real, x))))  # [B, F, H, W, out]
         return cut_back(x, frames)

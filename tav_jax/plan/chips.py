@@ -1,0 +1,88 @@
+"""TPUs by name: how many chips a slice has, how they lie, and what each can do."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+from tav_jax.errors import InputError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """Per chip and second: products in bfloat16, bytes from and to HBM, bytes over one link in one direction.
+
+    Peak numbers: Google Cloud's TPU documentation, and "How to Scale Your Model" for the links. The memory is what the
+    compiler (libtpu) leaves to a program.
+    """
+
+    name: str
+    hbm: int  # bytes
+    flops: float
+    bandwidth: float
+    link: float
+    compiler_name: str
+    cores: int  # that the number in a name such as v4-8 counts, per chip
+    layouts: tuple[str, ...]
+
+    @property
+    def wire(self) -> float:
+        """Bytes a second that a chip sends around a ring: one axis of the torus, both directions."""
+        return 2 * self.link
+
+
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, "v4", 2, DEEP),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, FLAT),
+        Chip("v5p", int(95.73 * GIB), 459e12, 2.765e12, 90e9, "v5", 2, DEEP),
+        Chip("v6e", int(31.24 * GIB), 918e12, 1.64e12, 90e9, "v6e", 1, FLAT),
+    )
+}
+OTHER_NAMES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e"}
+
+
+class Topology(NamedTuple):
+    chip: Chip
+    layout: str
+
+    @property
+    def chips(self) -> int:
+        return math.prod(int(n) for n in self.layout.split("x"))
+
+    @property
+    def name(self) -> str:
+        """As it is ordered in the cloud: v5e-8, v5p-8 (which counts cores, two a chip)."""
+        return f"{self.chip.name}-{self.chips * self.chip.cores}"
+
+    def devices(self) -> list[Any]:
+        """The compiler's stand-ins for the chips."""
+        from jax.experimental import topologies  # loads libtpu
+
+        options: dict[str, Any] = {"topology_name": f"{self.chip.compiler_name}:{self.layout}"}
+        if self.chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if self.chip.name == "v4":
+            options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it
+        return list(topologies.get_topology_desc(platform="tpu", **options).devices)
+
+
+def all_of(chip: Chip) -> list[Topology]:
+    return [Topology(chip, layout) for layout in chip.layouts]
+
+
+def read(name: str) -> Topology:
+    """`v5e-8` or `v5e:2x4`."""
+    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower())
+    family = OTHER_NAMES.get(match[1], match[1]) if match else ""
+    if match and family in CHIPS:
+        for topology in all_of(CHIPS[family]):
+            if match[3] == topology.layout or f"{family}-{match[2]}" == topology.name:
+                return topology
+        known = ", ".join(f"{t.name} ({t.layout})" for t in all_of(CHIPS[family]))
+        raise InputError(f"there is no topology {name!r}; of {family} there are {known}")
+    known = "; ".join(", ".join(t.name for t in all_of(chip)) for chip in CHIPS.values())
+    raise InputError(f"there is no topology {name!r}; there are {known}")

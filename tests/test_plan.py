@@ -1,0 +1,425 @@
+"""`tav plan`: names of topologies, operations counted, collectives read, refusals understood, and real compilations for
+a TPU that is not there."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import REFERENCE
+from flax import nnx
+from jax.experimental import pallas as pl
+
+from tav_jax import config, layout, training
+from tav_jax.errors import InputError, MissingError
+from tav_jax.models import UNet, UNetConfig
+from tav_jax.plan import advice, chips, collectives, flops, job, keep, page, prepare, sweep
+from tav_jax.plan.measure import Report, needed_bytes
+from tav_jax.plan.planner import Planner
+
+GIB = 2**30
+CASES = {name: REFERENCE / name / "model" for name in ("sd1", "sd2")}
+
+# ------------------------------------------------------------------------------------------------------- topologies
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "layout", "count"),
+    [
+        ("v5e-8", "v5e", "2x4", 8),
+        ("v5e:2x4", "v5e", "2x4", 8),
+        ("V5E-1", "v5e", "1x1", 1),
+        ("v5litepod-16", "v5e", "4x4", 16),
+        ("v5p-8", "v5p", "2x2x1", 4),
+        ("v5:2x2x1", "v5p", "2x2x1", 4),
+        ("v4-16", "v4", "2x2x2", 8),
+        ("v6e-256", "v6e", "16x16", 256),
+    ],
+)
+def test_a_topology_by_either_of_its_names(name, chip, layout, count):
+    topology = chips.read(name)
+    assert (topology.chip.name, topology.layout, topology.chips) == (chip, layout, count)
+    assert chips.read(topology.name) == topology
+
+
+@pytest.mark.parametrize("name", ["v5e-3", "v5e:3x3", "v5e:4x2", "v5p-4", "v5e"])
+def test_a_topology_that_there_is_not_is_refused_with_those_that_there_are(name):
+    family = name[:3]
+    with pytest.raises(InputError, match=f"there is no topology '{name}'.*{family}-8") as caught:
+        chips.read(name)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- operations
+
+
+def counted(function, *shapes) -> float:
+    return flops.count(jax.jit(function).trace(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr)
+
+
+def test_products_convolutions_loops_and_recomputation_are_counted():
+    assert counted(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert counted(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+
+    def conv(x, k, stride=1, padding="VALID"):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, k, (stride, stride), padding, dimension_numbers=numbers)
+
+    assert counted(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * 2 * 6 * 6 * 9 * 3 * 5
+    # At the rim of "SAME" a 3×3 kernel meets the picture with 3·8 − 2 of its places along each side.
+    assert counted(lambda x, k: conv(x, k, padding="SAME"), (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * 2 * 22 * 22 * 3 * 5
+
+    def loop(a, b):
+        return jax.lax.scan(lambda x, _: (x @ b, None), a, None, length=6)[0]
+
+    assert counted(loop, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
+
+    def gradient(x, w):
+        return jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x).sum())(x)
+
+    # Two products forward, both again, and two backward; the first again's second gives nothing that is used but cos.
+    assert counted(gradient, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
+
+
+def test_a_gradient_of_a_strided_convolution_multiplies_with_no_hole():
+    def down(x, k):
+        return jax.lax.conv_general_dilated(x, k, (2, 2), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    forward = counted(down, (1, 8, 8, 3), (3, 3, 3, 5))
+
+    def back(g, k):
+        return jax.linear_transpose(lambda x: down(x, k), jnp.zeros((1, 8, 8, 3)))(g)[0]
+
+    assert counted(back, (1, 4, 4, 5), (3, 3, 3, 5)) == forward
+
+
+def test_a_kernel_is_counted_by_what_it_says_of_itself_or_by_its_grid():
+    def kernel(x, y):
+        y[...] = x[...] @ x[...]
+
+    def call(x, **options):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 8), jnp.float32), grid=(3,), **options)(x)
+
+    assert counted(call, (8, 8)) == 3 * 2 * 8**3
+    told = pl.CostEstimate(flops=77, bytes_accessed=0, transcendentals=0)
+    assert counted(lambda x: call(x, cost_estimate=told), (8, 8)) == 77
+
+
+def test_where_the_platform_decides_the_tpus_way_is_counted():
+    def either(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x, default=lambda x: x @ x @ x)
+
+    assert counted(either, (8, 8)) == 2 * 8**3
+
+
+WIDE = UNetConfig(
+    block_out_channels=(128, 256),
+    layers_per_block=1,
+    down_attention=(True, False),
+    up_attention=(False, True),
+    heads=(2, 4),
+    cross_attention_dim=64,
+)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_the_count_is_xlas_within_a_few_percent(remat):
+    """XLA's has the element-wise work as well, so it is a little more."""
+    unet = nnx.eval_shape(lambda: UNet(WIDE, rngs=nnx.Rngs(0)))
+    graph, trained, frozen = nnx.split(unet, training.is_trainable(), ...)
+    shape = jax.ShapeDtypeStruct
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    latents, text, levels = (shape(s, jnp.float32) for s in ((1, 4, 8, 8, 4), (1, 77, 64), (1000,)))
+    traced = training.tune_step.trace(
+        graph,
+        jax.eval_shape(training.Learner.create, trained),
+        frozen,
+        key,
+        shape((), jnp.int32),
+        latents,
+        latents,
+        text,
+        levels,
+        training.Hyper(*(jnp.float32(0) for _ in range(3))),
+        prediction="epsilon",
+        remat=remat,
+    )
+    xlas = traced.lower().cost_analysis()["flops"]
+    assert 0.95 * xlas <= flops.count(traced.jaxpr) <= xlas
+
+
+# ------------------------------------------------------------------------------------------------------ collectives
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%fused.1 (p: bf16[1,4,8]) -> (bf16[1,4,8], bf16[8,4,8]) {
+  %all-gather.7 = bf16[8,4,8]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=13, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
+}
+
+%fused.2 (p: bf16[1,4,8]) -> bf16[8,4,8] {
+  %all-gather.9 = bf16[8,4,8]{2,1,0} all-gather(%p), channel_id=13, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-to-all.1 = f32[2,8]{1,0} all-to-all(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%condition (s: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%never (p: f32[8]) -> f32[8] {
+  %all-reduce.99 = f32[1000000]{0} all-reduce(%p), channel_id=99, replica_groups={{0,1}}, to_apply=%sum
+}
+
+ENTRY %main.0 (x: f32[8]) -> f32[8] {
+  %all-reduce.1 = (f32[32,4]{1,0:T(8,128)}, f32[16]{0}) all-reduce(%x, %y), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+  %collective-permute-start = (bf16[1,2,64]{2,1,0}, bf16[1,2,64]{2,1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,2}}
+  %collective-permute-done = bf16[1,2,64]{2,1,0} collective-permute-done(%collective-permute-start)
+  %f1 = (bf16[1,4,8], bf16[8,4,8]) fusion(%x), kind=kCustom, calls=%fused.1
+  %f2 = bf16[8,4,8] fusion(%f1), kind=kCustom, calls=%fused.2
+  ROOT %while.1 = (s32[], f32[8]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_read_from_a_programs_text():
+    told = {c.kind: c for c in collectives.read(HLO, 8)}
+    assert set(told) == {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
+    assert told["all-gather"] == ("all-gather", 8 * 4 * 8 * 2, 8, 1)  # its two halves are one
+    assert told["all-reduce"] == ("all-reduce", (32 * 4 + 16) * 4, 4, 1)
+    assert told["all-to-all"] == ("all-to-all", 2 * 8 * 4, 4, 6)  # in a loop of six
+    assert told["collective-permute"] == ("collective-permute", 2 * 64 * 2, 8, 1)
+    assert told["all-reduce"].sent == 2 * 3 / 4 * 576
+    assert told["all-to-all"].sent == 6 * 3 / 4 * 64
+    unsaid = HLO.replace('"known_trip_count":{"n":"6"}', "")
+    assert collectives.by_kind(collectives.read(unsaid, 8, loop=5))["all-to-all"] == (5, 5 * 64)
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_the_compilers_refusals_are_understood():
+    classic = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.26G of "
+        "15.75G hbm. Exceeded hbm capacity by 2.51G.\n\nTotal hbm usage >= 18.51G:\n    reserved        258.00M"
+    )
+    assert needed_bytes(classic, 5) == int(18.26 * GIB)
+    early = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (298.12G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
+    assert needed_bytes(early, 2 * GIB) == int(298.12 * GIB) + 2 * GIB
+    assert needed_bytes("Ran out of memory in memory space vmem while allocating on stack for kernel", 0) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"path": "somebody/flux"}, "model.path is 'somebody/flux', .* give --config.model.path=sd1"),
+        ({"frames": 0}, "clip.frames is 0, .* give their number"),
+        ({"height": 500}, "clip.height 500 is not a multiple of 8; use 496"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(changes, said):
+    given = config.get_config()
+    given.model.path = changes.pop("path", "sd1")
+    given.clip.update(changes)
+    with pytest.raises(InputError, match=said):
+        job.read(given, chips.read("v5e-8"))
+
+
+def test_shapes_come_from_a_preset_or_from_a_directorys_configs():
+    given = config.get_config()
+    assert job.read(given, chips.read("v5e-8")).shapes.unet == UNetConfig.sd1()
+    given.model.path = "stabilityai/stable-diffusion-2-1"
+    shapes = job.read(given, chips.read("v5e-8")).shapes
+    assert (shapes.unet, shapes.prediction) == (UNetConfig.sd2(), "v_prediction")
+    given.model.path = str(CASES["sd2"])
+    shapes = job.read(given, chips.read("v5e-8")).shapes
+    assert (shapes.unet.block_out_channels, shapes.prediction) == ((16, 32, 32), "v_prediction")
+
+
+def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    with pytest.raises(MissingError, match="pip install libtpu") as caught:
+        prepare()
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- advice and sweep
+
+
+def a_job(topology: str = "v5e-8", **changes) -> job.Job:
+    given = config.get_config()
+    given.model.path = "sd1"
+    return job.read(given, chips.read(topology)).with_(**changes)
+
+
+class Imagined(Planner):
+    """A compiler of one formula: 3 GiB, and for each frame on a chip as many as the policy says."""
+
+    def __init__(self):
+        super().__init__(Path("nowhere"))
+        object.__setattr__(self, "asked", [])
+
+    def report(self, one: job.Job, name: str) -> Report:
+        self.asked.append(one)
+        each = {"none": 5, "products": 4, "attention": 3.5, "block": 3, "level": 1}[one.remat] * GIB
+        temporaries = int(each * advice.per_chip(one))
+        peak, hbm = 3 * GIB + temporaries, one.topology.chip.hbm
+        return Report(name, peak <= hbm, peak, hbm, 3 * GIB, temporaries, seconds={"compute": float(one.frames)})
+
+
+def test_advice_is_the_mildest_of_each_kind_that_was_compiled_and_fits():
+    planner = Imagined()
+    at = a_job("v5e-4", frames=24)  # 6 frames a chip: 21 GiB of 15.75
+    report = planner.report(at, "tune")
+    assert not report.fits
+    told = [one.change for one in advice.advise(planner, at, report)]
+    assert told == ["--config.train.remat=level", "--topology=v5e-8", "--config.clip.frames=16"]
+    assert len(planner.asked) == 4  # and nothing was compiled in vain
+
+
+def test_a_sweep_compiles_the_ends_and_draws_the_line_between():
+    planner = Imagined()
+    known = [chips.read("v5e-4"), chips.read("v5e-8")]
+    points = sweep.sweep(planner, a_job(), "tune", known, [8, 16, 24, 32], every=False)
+    assert len(planner.asked) == 4
+    assert [(p.topology.name, p.frames) for p in points if p.compiled] == [
+        ("v5e-4", 8),
+        ("v5e-4", 32),
+        ("v5e-8", 8),
+        ("v5e-8", 32),
+    ]
+    exact = sweep.sweep(planner, a_job(), "tune", known, [8, 16, 24, 32], every=True)
+    assert [p.peak for p in points] == [p.peak for p in exact]  # the imagined memory is linear
+    assert [p.fits for p in points] == [True, True, False, False, True, True, True, True]
+    text, drawn = sweep.table("tune", points), sweep.picture("tune", points)
+    assert "| 16 | 15.0 GiB, 16.00 s | 9.0 GiB, 16.00 s |" in text
+    assert "| 32 | **27.0** GiB, too much | **15.0** GiB, 32.00 s |" in text
+    assert drawn.count("<circle") == 8
+    assert drawn.count('fill="white" stroke') == 4
+
+
+def test_reports_are_kept_under_all_that_they_depend_on(tmp_path):
+    at, report = a_job(), Imagined().report(a_job(), "tune")
+    assert keep.load(tmp_path, at, "tune") is None
+    keep.save(tmp_path, at, report)
+    assert keep.load(tmp_path, at, "tune") == report
+    assert keep.load(tmp_path, at, "sample") is None
+    for change in ({"frames": 23}, {"remat": "level"}, {"fsdp": True}, {"topology": chips.read("v6e-8")}):
+        assert keep.load(tmp_path, at.with_(**change), "tune") is None
+    next(tmp_path.glob("*.json")).write_text('{"report": ')
+    assert keep.load(tmp_path, at, "tune") is None  # damaged: compiled again
+
+
+def test_a_page_and_a_line_say_what_fits_and_what_would():
+    at = a_job("v5e-4", frames=24)
+    report = Imagined().report(at, "tune")
+    told = {"tune": list(advice.advise(Imagined(), at, report))}
+    said = page.text(at, [report], told)
+    assert "tune needs 21.00 GiB of 15.75 and does not fit. These would (compiled):" in said
+    assert "--config.clip.frames=16  (15.00 GiB, at least 16.0 s a step)" in said
+    line = page.one_line(at, [report], told)
+    assert "\n" not in line
+    read = json.loads(line)
+    tune = read["functions"]["tune"]
+    assert (read["fits"], tune["fits"], tune["peak_bytes"], tune["hbm_bytes"]) == (
+        False,
+        False,
+        21 * GIB,
+        63 * GIB // 4,
+    )
+
+
+# ------------------------------------------------------------------------------------------- with the TPU's compiler
+
+with_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install libtpu"
+)
+
+
+def tav_plan(model, folder, *arguments) -> SimpleNamespace:
+    """In a process of its own, which has no say in the environment."""
+    line = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}", f"--cache={folder}"]
+    sizes = [f"--config.clip.{name}={value}" for name, value in (("frames", 8), ("height", 32), ("width", 32))]
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run([*line, *sizes, *arguments], capture_output=True, text=True, env=env, timeout=900)
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A pipeline's configs, and nothing else: two levels, four transformers."""
+    root = tmp_path_factory.mktemp("small")
+    shutil.copytree(CASES["sd1"], root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    path = root / "unet/config.json"
+    unet = json.loads(path.read_text()) | {
+        "block_out_channels": [64, 64],
+        "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
+        "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
+    }
+    path.write_text(json.dumps(unet))
+    return root
+
+
+@with_libtpu
+def test_tuning_compiles_for_one_chip_and_one_line_tells(small, tmp_path):
+    options = ("--topology=v5e-1", "--json", "--function=tune")
+    done = tav_plan(small, tmp_path, *options)
+    assert done.code == 0, done.err
+    (line,) = done.out.splitlines()
+    told = json.loads(line)
+    assert told["fits"] is True
+    assert set(told["functions"]) == {"tune"}
+    tune = told["functions"]["tune"]
+    assert tune["hbm_bytes"] == int(15.75 * GIB)
+    assert tune["collectives"] == {}
+    parts = ("argument", "temporary", "output", "code", "beside")
+    assert sum(tune[f"{name}_bytes"] for name in parts) == tune["peak_bytes"] < GIB
+    # Frozen weights in bfloat16, trained ones and their two moments in float32; what else there is, is small.
+    trained, frozen = weights_of(small)
+    least = 12 * trained + 2 * frozen
+    assert least <= tune["argument_bytes"] <= 1.15 * least
+    assert tune["beside_bytes"] == 4 * trained
+    again = tav_plan(small, tmp_path, *options)
+    assert (again.out, "compiling" in done.err, "compiling" in again.err) == (done.out, True, False)
+
+
+def weights_of(root) -> tuple[int, int]:
+    path = root / "unet/config.json"
+    unet = nnx.eval_shape(lambda: UNet(layout.unet_config(json.loads(path.read_text()), path), rngs=nnx.Rngs(0)))
+    _, trained, frozen = nnx.split(unet, training.is_trainable(), ...)
+    return sum(x.size for x in jax.tree.leaves(trained)), sum(x.size for x in jax.tree.leaves(frozen))
+
+
+@with_libtpu
+def test_over_eight_chips_temporal_attention_exchanges_and_no_clip_is_gathered(small, tmp_path):
+    done = tav_plan(small, tmp_path, "--topology=v5e:2x4", "--json", "--function=invert")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["functions"]["invert"]
+    print(told)
+
+
+@with_libtpu
+def test_more_than_a_chip_has_is_told_in_bytes(small, tmp_path):
+    sizes = ("--config.clip.frames=2000", "--config.clip.height=512", "--config.clip.width=512")
+    done = tav_plan(small, tmp_path, "--topology=v5e-1", "--json", "--no-search", "--function=decode", *sizes)
+    told = json.loads(done.out)
+    decode = told["functions"]["decode"]
+    assert (done.code, told["fits"], decode["fits"], decode["error"]) == (0, False, False, "")
+    assert decode["peak_bytes"] >= 2000 * 512 * 512 * 3 * 4  # the pictures alone
