@@ -260,9 +260,8 @@ def _attention_fwd(size: Sizes, offset, q, k, v, first, halo):
 
 
 def _attention_bwd(size: Sizes, kept, g):
-    offset, *arrays, out, lse = kept
-    nothing = np.zeros(offset.shape, jax.dtypes.float0)
-    return nothing, *_run_backward(size, offset, *arrays, out, lse, g)
+    nothing = np.zeros(kept[0].shape, jax.dtypes.float0)  # the offset is a whole number
+    return nothing, *_run_backward(size, *kept, g)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -293,7 +292,7 @@ def sparse_causal(
     first, halo, offset = (k[:, :1], v[:, :1]), (), jnp.zeros(1, jnp.int32)
     if axis is not None:
         first, halo, offset = _neighbours(k, v, axis)
-    out = _attention(size, offset, q, k, v, first, halo)
+    out: Any = _attention(size, offset, q, k, v, first, halo)
     return jnp.transpose(out[..., :tokens], (0, 1, 4, 2, 3))  # [B, F, T, N, D]
 
 

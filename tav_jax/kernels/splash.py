@@ -1,6 +1,7 @@
 """JAX's own flash attention for TPUs, over full (unmasked) attention of any length."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def splash(
     # What only fills up belongs to another segment than what is real, and is not seen.
     segments = sa.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=jnp.asarray((np.arange(keys) >= s).astype(np.int32)))
     scaled = (heads(q, queries) / math.sqrt(d)).astype(q.dtype)
-    out = jax.vmap(run, in_axes=(0, 0, 0, None))(
+    out: Any = jax.vmap(run, in_axes=(0, 0, 0, None))(
         scaled, heads(k, keys), heads(v, keys), segments if keys != s else None
     )
     return jnp.swapaxes(out[:, :, :t], 1, 2).reshape(b, f, t, n, d)

@@ -43,7 +43,8 @@ class Attention(nnx.Module):
     def spatial(
         self, x: Float[Array, "B F T c"], sees: SpatialAttention, kernel: Kernel = "plain"
     ) -> Float[Array, "B F T c"]:
-        return self.join(attend_frames(*self.project(x, x), sees, kernel))
+        q, k, v = self.project(x, x)  # [B, F, T, N, D]
+        return self.join(attend_frames(q, k, v, sees, kernel))
 
     def cross(self, x: Float[Array, "B F T c"], text: Float[Array, "B L e"]) -> Float[Array, "B F T c"]:
         # All frames share the text: fold them into the query axis instead of repeating keys and values.

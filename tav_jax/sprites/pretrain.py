@@ -299,7 +299,8 @@ def blindfold(unet: UNet, share: float, key: jax.Array) -> None:
     """Let each self-attention look at so large a share of the positions."""
     blocks = [module for _, module in nnx.iter_modules(unet) if isinstance(module, TransformerBlock)]
     for block, own in zip(blocks, jax.random.split(key, len(blocks)), strict=True):
-        block.attn1.to_k, block.attn1.to_v = (Glimpse(x, share, own) for x in (block.attn1.to_k, block.attn1.to_v))
+        seeing: Any = block.attn1
+        seeing.to_k, seeing.to_v = (Glimpse(x, share, own) for x in (seeing.to_k, seeing.to_v))
 
 
 def choose(recipe: Recipe, captions: np.ndarray, step: int) -> np.ndarray:
