@@ -43,6 +43,7 @@ def edit(
     if taken and not force:
         raise InputError(f"{folder / taken[0]} exists already; add --force to overwrite, or give another --out")
 
+    run.workdir.sweep()
     clip = load_clip(run.config)
     tav = run.restore()
     tav.source = clip

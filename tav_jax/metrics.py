@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -71,9 +72,11 @@ class Metrics:
             self.wandb.log({f"preview/{name}": client.Image(strip)}, step=step)
 
     def publish(self) -> None:
-        """In a bucket, put the lines so far in place: a bucket cannot append."""
+        """The lines so far, for good: a checkpoint must not outlive the lines of its steps. A bucket cannot append, so
+        there they are put in place as a whole."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
         if self.workdir.remote:
-            self.file.flush()
             (self.workdir / FILE).write_bytes(self.local.read_bytes())
             if self.board:
                 self.board.flush()
