@@ -140,8 +140,11 @@ class Checkpoints:
             raise WeightsError(f"the checkpoint of step {step} is damaged ({why}); take another of {self.directory}")
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError) as error:  # one without a seal
-            raise WeightsError(f"the checkpoint {folder} cannot be read ({_reason(error)}); it is damaged") from error
+        except Exception as error:  # of many kinds, a bare Exception among them
+            if seals.flaw(folder) is None:  # the files are what was written: it is something else
+                raise
+            why = _reason(error.__cause__ or error)
+            raise WeightsError(f"the checkpoint {folder} cannot be read ({why}); it is damaged") from error
 
     def close(self) -> None:
         self.manager.close()

@@ -43,6 +43,7 @@ def edit(
     names = (*(place + target for _, _, target in targets), together)
     processes.from_first("looking for edits", lambda: check_free(folder, () if force else names))
 
+    run.workdir.sweep()
     clip = load_clip(run.config)
     tav = run.restore()
     tav.source = clip

@@ -109,7 +109,7 @@ def warn_if_flat(frames: UInt8[np.ndarray, "F H W 3"], prompt: str) -> None:
         )
 
 
-def operation(error: FloatingPointError, step: int) -> NotFiniteError:
+def operation(error: FloatingPointError, step: int | None = None) -> NotFiniteError:
     """Where `--debug-nans` stopped, in words."""
     ours = Path(__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(ours)]
@@ -118,4 +118,4 @@ def operation(error: FloatingPointError, step: int) -> NotFiniteError:
         last = frames[-1]
         where = f", at {Path(last.filename).relative_to(ours.parent)}:{last.lineno}: `{last.line}`"
     said = (str(error).strip().splitlines() or ["a number that is not finite"])[0].rstrip(".")
-    return NotFiniteError(f"step {step}: {said}{where}")
+    return NotFiniteError(f"{f'step {step}' if step else 'before the first step'}: {said}{where}")

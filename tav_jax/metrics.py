@@ -78,9 +78,13 @@ class Metrics:
             self.wandb.log({f"preview/{name}": client.Image(strip)}, step=step)
 
     def publish(self) -> None:
-        """In a bucket, put the lines so far in place: a bucket cannot append."""
-        if self.workdir.remote and self.writes:
-            self.file.flush()
+        """The lines so far, for good: a checkpoint must not outlive the lines of its steps. A bucket cannot append, so
+        there they are put in place as a whole."""
+        if not self.writes:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if self.workdir.remote:
             (self.workdir / FILE).write_bytes(self.local.read_bytes())
             if self.board:
                 self.board.flush()

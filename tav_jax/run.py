@@ -116,7 +116,10 @@ class Run:
         with self.workdir.only_one():
             self.workdir.sweep()
             self.trains = True
-            self._train(stop or Stop())
+            try:
+                self._train(stop or Stop())
+            except FloatingPointError as error:  # with --debug-nans, before there are steps
+                raise finite.operation(error) from error
 
     def _train(self, stop: Stop) -> None:
         c = self.config

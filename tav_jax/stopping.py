@@ -29,6 +29,8 @@ class Stop:
         self._before: list[Any] = []
 
     def __enter__(self) -> "Stop":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -37,6 +39,8 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
         for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
