@@ -173,7 +173,7 @@ def _as_type(value: Any, default: Any) -> Any:
     return value if type(value) is type(default) else None
 
 
-def _problems(name: str, value: Any) -> Iterator[str]:
+def _in_words(name: str, value: Any) -> Iterator[str]:
     texts = value if isinstance(value, tuple) else (value,) * isinstance(value, str)
     for text in texts:
         # The name of a file may be any bytes but NUL; words must be words.
@@ -183,6 +183,10 @@ def _problems(name: str, value: Any) -> Iterator[str]:
             yield f"{name} has {len(text)} characters; it must have at most {LONGEST}"
     if len(texts) > LONGEST_LIST:
         yield f"{name} is a list of {len(texts)}; it must have at most {LONGEST_LIST}"
+
+
+def _problems(name: str, value: Any) -> Iterator[str]:
+    yield from _in_words(name, value)
     if name in CHOICES and value not in CHOICES[name]:
         yield f"{name} is {brief(value)}; it must be one of {', '.join(CHOICES[name])}"
     if name in ("clip.height", "clip.width") and not (8 <= value <= 8192 and value % 4 == 0):

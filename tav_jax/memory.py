@@ -199,12 +199,12 @@ def mends(work: Work, room: int) -> str:
         return work.count(Shape(frames, *_scaled(shape, share, step)), devices) <= room
 
     found = []
-    if frames := _largest(shape.frames - 1, lambda n: fits(n, 1, work.devices)):
+    if frames := _largest(shape.frames - 1, lambda n: fits(n, 1.0, work.devices)):
         found.append(f"{frames} frame{'s' * (frames > 1)}")
     sides = max(shape.height, shape.width) // step
     if side := _largest(sides - 1, lambda n: fits(shape.frames, n / sides, work.devices)):
         found.append("{}×{}".format(*_scaled(shape, side / sides, step)))
-    if devices := next((n for n in range(work.devices + 1, shape.frames + 1) if fits(shape.frames, 1, n)), 0):
+    if devices := next((n for n in range(work.devices + 1, shape.frames + 1) if fits(shape.frames, 1.0, n)), 0):
         found.append(f"{devices} devices")
     if work.with_remat and work.with_remat(shape, work.devices) <= room:
         found.append("remat=True")
