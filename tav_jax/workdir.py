@@ -87,7 +87,9 @@ class Workdir:
         return self
 
     def create(self) -> "Workdir":
-        self.path.mkdir(parents=True, exist_ok=True)
+        if processes.is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+        processes.barrier("making the folder")
         return self
 
     def only_one(self) -> contextlib.AbstractContextManager[None]:

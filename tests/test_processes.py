@@ -125,7 +125,7 @@ def test_a_run_of_two_is_restored_by_one(told):
 def test_the_first_one_writes(told):
     root, (first, second) = told
     assert second["written"] == []
-    names = ("two/metrics.jsonl", "two/edits", "exported")
+    names = ("two/metrics.jsonl", "two/edits", ".exported")
     assert all(any(path.startswith(name) for path in first["written"]) for name in names), first["written"]
     assert first["paths"] == second["paths"]
     assert all(Path(path).stat().st_size for path in first["paths"])
