@@ -408,11 +408,22 @@ def weights_of(root) -> tuple[int, int]:
 
 
 @with_libtpu
-def test_over_eight_chips_temporal_attention_exchanges_and_no_clip_is_gathered(small, tmp_path):
+def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gathered(small, tmp_path):
     done = tav_plan(small, tmp_path, "--topology=v5e:2x4", "--json", "--function=invert")
     assert done.code == 0, done.err
-    told = json.loads(done.out)["functions"]["invert"]
-    print(told)
+    invert = json.loads(done.out)["functions"]["invert"]
+    told = {kind: one["count"] for kind, one in invert["collectives"].items()}
+    transformers, steps = 4, invert["steps"]
+    assert steps == 5
+    # Frames are exchanged for positions before temporal attention, and back after it.
+    assert told.pop("all-to-all") == 2 * transformers * steps
+    # Keys and values of the frame before come from the neighbour.
+    assert told.pop("collective-permute") <= 2 * transformers * steps
+    # The result, once, after the last step: a tiny part of what one block's keys would be.
+    assert told.pop("all-gather", 1) == 1
+    assert invert["collectives"].get("all-gather", {"bytes": 0})["bytes"] <= 8 * 8 * 8 * 4 * 4
+    # Frame 0 for all, and the statistics of group norms: two each for every resnet's two norms and the last.
+    assert set(told) == {"all-reduce"}
 
 
 @with_libtpu

@@ -38,7 +38,7 @@ def text(job: Job, reports: Sequence[Report], advice: dict[str, list[Advice]]) -
 
 
 def _row(r: Report) -> tuple[str, ...]:
-    def gib(n: float) -> str:
+    def gib(n: int | float) -> str:
         return f"{n / GIB:.2f}"
 
     if not r.seconds:

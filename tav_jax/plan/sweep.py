@@ -43,16 +43,13 @@ def sweep(
             span = per_chip(jobs[ends[1]]) - per_chip(jobs[ends[0]])
             share = (per_chip(at) - per_chip(jobs[ends[0]])) / span if span else 0.0
 
-            def between(a: float, b: float, share: float = share) -> float:
-                return a + share * (b - a)
-
             timed = bool(low.seconds and high.seconds)
             points.append(
                 Point(
                     topology,
                     n,
-                    between(low.peak_bytes, high.peak_bytes),
-                    between(low.step_seconds, high.step_seconds) if timed else 0.0,
+                    low.peak_bytes + share * (high.peak_bytes - low.peak_bytes),
+                    low.step_seconds + share * (high.step_seconds - low.step_seconds) if timed else 0.0,
                     False,
                 )
             )
