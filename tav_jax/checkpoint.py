@@ -150,7 +150,7 @@ class Checkpoints:
         self.manager.close()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     said = str(error)
     if "No space left on device" in said:
         return "no space left on device"

@@ -100,12 +100,12 @@ def die() -> dict:
 
 
 if __name__ == "__main__":
-    from tav_jax.cli import stop
+    from tav_jax.cli import end
 
     processes.join()
     try:
         print(json.dumps({"job": job, "die": die}[sys.argv[1]](*sys.argv[2:])))
     except Exception:
         if lost := processes.loss(5.0):
-            stop(lost, 1)
+            sys.exit(end(lost, 1))
         raise

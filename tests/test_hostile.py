@@ -26,12 +26,13 @@ from fuzz import fuzz
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import edit, memory, programs, prompts, sources, training, video, weights
+from tav_jax import memory, programs, prompts, sources, training, video, weights
 from tav_jax.checkpoint import Checkpoints
 from tav_jax.diffusion import Schedule
 from tav_jax.errors import InputError, MissingError, ShortOfMemoryError, TavError, WeightsError
 from tav_jax.layout import Layout
 from tav_jax.models import VAE
+from tav_jax.run import publish_video
 from tav_jax.tensors import HEADER, tensors_in
 from tav_jax.video import Clip, load_video
 from tav_jax.weights import TOKENIZER_FILES
@@ -447,8 +448,8 @@ def fill(place: Path, free: int) -> None:
 NOISE = Clip(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8), 8.0)
 STAGES = {
     "config": lambda sd1, run: run.write("config.json", "{}" + " " * 60_000),
-    "edit.mp4": lambda sd1, run: edit._write(run, NOISE, "edits/a.mp4"),
-    "edit.gif": lambda sd1, run: edit._write(run, NOISE, "edits/a.gif"),
+    "edit.mp4": lambda sd1, run: publish_video(run, NOISE, "edits/a.mp4"),
+    "edit.gif": lambda sd1, run: publish_video(run, NOISE, "edits/a.gif"),
     "clip.mp4": lambda sd1, run: NOISE.save(run.local / "edits/a.mp4"),
     "export": lambda sd1, run: sd1.tav.save_pretrained(run.local / "export"),
 }

@@ -1,8 +1,10 @@
 """`tav plan`: names of topologies, operations counted, collectives read, refusals understood, and real compilations for
 a TPU that is not there."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -243,10 +245,11 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(changes, said):
 
 def test_shapes_come_from_a_preset_or_from_a_directorys_configs():
     given = config.get_config()
-    assert job.read(given, chips.read("v5e-8")).shapes.unet == UNetConfig.sd1()
+    assert job.read(given, chips.read("v5e-8")).shapes.unet == dataclasses.replace(UNetConfig.sd1(), kernel="fused")
     given.model.path = "stabilityai/stable-diffusion-2-1"
     shapes = job.read(given, chips.read("v5e-8")).shapes
-    assert (shapes.unet, shapes.prediction) == (UNetConfig.sd2(), "v_prediction")
+    on_tpu = dataclasses.replace(UNetConfig.sd2(), kernel="fused")
+    assert (shapes.unet, shapes.prediction) == (on_tpu, "v_prediction")
     given.model.path = str(CASES["sd2"])
     shapes = job.read(given, chips.read("v5e-8")).shapes
     assert (shapes.unet.block_out_channels, shapes.prediction) == ((16, 32, 32), "v_prediction")
@@ -391,20 +394,29 @@ def test_tuning_compiles_for_one_chip_and_one_line_tells(small, tmp_path):
     assert tune["collectives"] == {}
     parts = ("argument", "temporary", "output", "code", "beside")
     assert sum(tune[f"{name}_bytes"] for name in parts) == tune["peak_bytes"] < GIB
-    # Frozen weights in bfloat16, trained ones and their two moments in float32; what else there is, is small.
+    # Frozen weights in bfloat16, trained ones and their two moments in float32. A chip keeps an array in tiles of
+    # 8 × 128 values, which this model's narrow ones do not fill; the compiler may lay them out better than by rows.
     trained, frozen = weights_of(small)
-    least = 12 * trained + 2 * frozen
-    assert least <= tune["argument_bytes"] <= 1.15 * least
-    assert tune["beside_bytes"] == 4 * trained
+    exact, tiled = (
+        sum(12 * values(x) for x in trained) + sum(2 * values(x) for x in frozen) for values in (math.prod, in_tiles)
+    )
+    assert exact <= tune["argument_bytes"] <= tiled
+    assert tune["beside_bytes"] == 4 * sum(math.prod(x) for x in trained)
     again = tav_plan(small, tmp_path, *options)
     assert (again.out, "compiling" in done.err, "compiling" in again.err) == (done.out, True, False)
 
 
-def weights_of(root) -> tuple[int, int]:
+def in_tiles(shape) -> int:
+    *rest, rows, columns = (1, 1, *shape)
+    return math.prod(rest) * -(-rows // 8) * 8 * -(-columns // 128) * 128
+
+
+def weights_of(root) -> tuple[list, list]:
+    """The shapes of the trained ones and of the frozen ones."""
     path = root / "unet/config.json"
     unet = nnx.eval_shape(lambda: UNet(layout.unet_config(json.loads(path.read_text()), path), rngs=nnx.Rngs(0)))
     _, trained, frozen = nnx.split(unet, training.is_trainable(), ...)
-    return sum(x.size for x in jax.tree.leaves(trained)), sum(x.size for x in jax.tree.leaves(frozen))
+    return [x.shape for x in jax.tree.leaves(trained)], [x.shape for x in jax.tree.leaves(frozen)]
 
 
 @with_libtpu
@@ -412,7 +424,7 @@ def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gat
     done = tav_plan(small, tmp_path, "--topology=v5e:2x4", "--json", "--function=invert")
     assert done.code == 0, done.err
     invert = json.loads(done.out)["functions"]["invert"]
-    told = {kind: one["count"] for kind, one in invert["collectives"].items()}
+    told = {kind: one["times"] for kind, one in invert["collectives"].items()}
     transformers, steps = 4, invert["steps"]
     assert steps == 5
     # Frames are exchanged for positions before temporal attention, and back after it.
@@ -428,9 +440,9 @@ def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gat
 
 @with_libtpu
 def test_more_than_a_chip_has_is_told_in_bytes(small, tmp_path):
-    sizes = ("--config.clip.frames=2000", "--config.clip.height=512", "--config.clip.width=512")
+    sizes = ("--config.clip.frames=8000", "--config.clip.height=512", "--config.clip.width=512")
     done = tav_plan(small, tmp_path, "--topology=v5e-1", "--json", "--no-search", "--function=decode", *sizes)
     told = json.loads(done.out)
     decode = told["functions"]["decode"]
     assert (done.code, told["fits"], decode["fits"], decode["error"]) == (0, False, False, "")
-    assert decode["peak_bytes"] >= 2000 * 512 * 512 * 3 * 4  # the pictures alone
+    assert decode["peak_bytes"] >= 8000 * 512 * 512 * 3 * 4  # the pictures alone

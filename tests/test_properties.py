@@ -192,6 +192,8 @@ def test_a_value_of_another_type_is_refused_by_its_name(name, value):
     default = dict(config.leaves(config.get_config()))[name]
     if type(value) is type(default) or (type(default) is float and type(value) is int):
         return
+    if name == "train.remat" and type(value) is bool:  # as it was said before the policies had names
+        return
     *groups, last = name.split(".")
     with pytest.raises(InputError, match=re.escape(f"{name} is {brief(value)}, expected")):
         config.validate({groups[0]: {last: value}} if groups else {last: value})

@@ -496,11 +496,11 @@ def test_every_report_is_read_before_a_step_is_kept():
 def test_a_damaged_vae_or_unet_is_told_before_anything_is_kept(settings, tmp_path):
     vae = ("vae/diffusion_pytorch_model.safetensors", "quant_conv.bias")
     config = settings(model__path=spoiled_model(tmp_path / "vae", *vae))
-    with pytest.raises((NotFiniteError, WeightsError), match=r"VAE|not finite"):
+    with pytest.raises(WeightsError, match=r"quant_conv\.bias holds values that are no numbers"):
         train(tmp_path / "one", config)
     assert not (tmp_path / "one").exists()
     config = settings(model__path=spoiled_model(tmp_path / "unet", *UNET))
-    with pytest.raises((NotFiniteError, WeightsError), match=r"step 1|not finite"):
+    with pytest.raises(WeightsError, match=r"conv_in\.bias holds values that are no numbers"):
         train(tmp_path / "two", config)
     assert not list((tmp_path / "two").rglob("seal.json"))
 
@@ -585,7 +585,7 @@ def test_a_run_is_made_again_from_its_folder(whole, tmp_path):
     with pytest.raises(InputError, match=r"train\.stepz is not a setting"):
         cli.read_config([f"--config={tmp_path / 'bad.json'}"])
     (tmp_path / "bad.json").write_text('{"train": ')
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="is no readable JSON"):
         cli.read_config([f"--config={tmp_path / 'bad.json'}"])
 
 

@@ -55,8 +55,8 @@ class Attention(nnx.Module):
     def temporal(self, x: Float[Array, "B F T c"], real: Bool[Array, "F"] | None = None) -> Float[Array, "B F T c"]:
         """Each position looks at itself in all (real) frames: not causal, no position encoding."""
         # Over a mesh every device takes some positions in all frames, and gives them back: two all-to-alls, where the
-        # compiler by itself would gather the whole clip on every device. The pin on what comes in is needed as well: the
-        # spread over positions would run backwards from here through the network, and gather every block's keys.
+        # compiler by itself would gather the whole clip on every device. What comes in is pinned as well, or the spread
+        # over positions would run backwards from here through the network, and every block's keys would be gathered.
         x = pin(jnp.swapaxes(pin(x, CLIP), 1, 2), CLIP)  # [B, T, F, C]
         x = pin(self.join(attend(*self.project(x, x), seen=real)), CLIP)
         return pin(jnp.swapaxes(x, 1, 2), CLIP)  # [B, F, T, C]

@@ -99,9 +99,9 @@ def _participants(line: str, chips: int) -> int:
 
 
 class Told(NamedTuple):
-    """All of one kind."""
+    """All of one kind: how often, and how much."""
 
-    count: int
+    times: int
     bytes: int
 
 

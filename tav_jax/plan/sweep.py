@@ -79,6 +79,7 @@ def table(name: str, points: Sequence[Point]) -> str:
     return "\n".join(rows) + "\n"
 
 
+Number = int | float
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 60, 130, 40, 50
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#444444")
 
@@ -91,16 +92,16 @@ def picture(name: str, points: Sequence[Point]) -> str:
     most = 1.08 * max(*(p.peak for p in points), *limits.values())
     first, last = min(frames), max(frames)
 
-    def x(n: float) -> float:
+    def x(n: Number) -> Number:
         return LEFT + (n - first) / max(last - first, 1) * (WIDTH - LEFT - RIGHT)
 
-    def y(size: float) -> float:
+    def y(size: Number) -> Number:
         return HEIGHT - BOTTOM - size / most * (HEIGHT - TOP - BOTTOM)
 
-    def words(px: float, py: float, said: str, anchor: str = "middle", colour: str = "#222") -> str:
+    def words(px: Number, py: Number, said: str, anchor: str = "middle", colour: str = "#222") -> str:
         return f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(said)}</text>'
 
-    def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    def line(x1: Number, y1: Number, x2: Number, y2: Number, style: str) -> str:
         return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
 
     parts = [
