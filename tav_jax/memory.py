@@ -149,7 +149,7 @@ class Work(NamedTuple):
     devices: int
     count: Callable[[Shape, int], int]
     step: int
-    with_remat: Callable[[Shape, int], int] | None = None  # the count if remat were on, where it is off
+    with_remat: Callable[[Shape, int], int] | None = None  # the count with remat="block", where it is "none"
 
     def __str__(self) -> str:
         frames, height, width = self.shape
@@ -207,7 +207,7 @@ def mends(work: Work, room: int) -> str:
     if devices := next((n for n in range(work.devices + 1, shape.frames + 1) if fits(shape.frames, 1.0, n)), 0):
         found.append(f"{devices} devices")
     if work.with_remat and work.with_remat(shape, work.devices) <= room:
-        found.append("remat=True")
+        found.append('remat="block"')
     return f"use {' or '.join(found)}" if found else "use a machine with more memory"
 
 

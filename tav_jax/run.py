@@ -206,6 +206,9 @@ class Run:
                     if self.previews_due(done):
                         preview()
             self.checkpoints.wait()
+        except NotFiniteError:
+            self.checkpoints.wait()  # the last good one may still be on its way
+            raise
         except FloatingPointError as error:  # with --debug-nans
             raise finite.operation(error, done + 1) from error
         finally:

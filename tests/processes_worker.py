@@ -24,7 +24,7 @@ def settings(clip: str, steps: int, **changes):
     c = configs.get_config()
     c.model.update(path=str(REFERENCE / "sd1/model"), dtype="float32")
     c.clip.update(path=clip, prompt="red square is moving", frames=2, height=32, width=32)
-    c.train.update(steps=steps, learning_rate=1e-3, checkpoint_every=2, preview_every=0, remat=False)
+    c.train.update(steps=steps, learning_rate=1e-3, checkpoint_every=2, preview_every=0, remat="none")
     c.edit.update(steps=2, inversion_steps=2, guidance=3.0)
     c.update_from_flattened_dict(changes)
     return c

@@ -548,7 +548,7 @@ def test_without_remat_remat_is_offered(sd1, monkeypatch):
     room = thrifty.count(thrifty.shape, 1)
     assert room < plain.count(plain.shape, 1)
     monkeypatch.setenv(memory.OVERRIDE, str((room + 1000) / 2**30))
-    assert "remat=True" in refusal(ShortOfMemoryError, memory.check, plain)
+    assert 'remat="block"' in refusal(ShortOfMemoryError, memory.check, plain)
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()])
