@@ -229,6 +229,11 @@ def _fit(frame: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> UInt8[np.
 
 # --------------------------------------------------------------------------------------------------------- writing
 
+# With several threads the encoder was seen to write the same pictures in two ways, in processes that had and had not
+# compiled something before.
+ONE_THREAD = {"x264-params": "threads=1"}
+
+
 
 def _write_mp4(path: Path, clip: Clip) -> None:
     h, w = clip.frames.shape[1:3]
@@ -238,7 +243,8 @@ def _write_mp4(path: Path, clip: Clip) -> None:
     clock = rate.numerator * -(-100_000 // rate.numerator)
     options = {"movflags": "+faststart", "movie_timescale": str(clock)}
     with av.open(f"file:{path}", "w", options=options) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+        options = {"crf": "16", "preset": "medium", **ONE_THREAD}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height = w + w % 2, h + h % 2  # H.264 with halved colours takes even sides only
         stream.pix_fmt = "yuv420p"
         # Said in the file, since players guess from the picture's size otherwise.

@@ -20,14 +20,14 @@ TILT = 0.4  # radians that an object may lean to either side
 # Objects are bright and places are dim, whatever their colours: a denoiser finds an object in the noise by its contrast
 # to the place, so an object that changes its colour or its place is found where it was.
 COLOURS = {
-    "red": (1.00, 0.50, 0.46),
-    "orange": (1.00, 0.72, 0.38),
-    "yellow": (1.00, 0.96, 0.50),
-    "green": (0.52, 0.96, 0.52),
-    "cyan": (0.48, 0.97, 0.98),
-    "blue": (0.52, 0.66, 1.00),
-    "purple": (0.80, 0.56, 1.00),
-    "pink": (1.00, 0.68, 0.88),
+    "red": (1.00, 0.60, 0.57),
+    "orange": (1.00, 0.78, 0.50),
+    "yellow": (1.00, 0.97, 0.60),
+    "green": (0.62, 0.97, 0.62),
+    "cyan": (0.58, 0.98, 0.98),
+    "blue": (0.62, 0.73, 1.00),
+    "purple": (0.84, 0.65, 1.00),
+    "pink": (1.00, 0.74, 0.90),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("grass", "sand", "snow", "water", "bricks", "wood", "stones", "clouds")
@@ -187,9 +187,9 @@ def ground(place: str) -> Float[np.ndarray, "128 128 3"]:
         return _mix((0.10, 0.24, 0.07), (0.20, 0.37, 0.14), np.clip(0.5 + blades, 0, 1))
     if place == "sand":
         dunes = np.sin(2 * np.pi * 8 * y / TILE + 1.6 * np.sin(2 * np.pi * 2 * x / TILE))
-        return _mix((0.38, 0.32, 0.18), (0.52, 0.45, 0.30), 0.5 + 0.5 * dunes)
+        return _mix((0.25, 0.21, 0.12), (0.34, 0.29, 0.19), 0.5 + 0.5 * dunes)
     if place == "snow":
-        return _mix((0.42, 0.45, 0.50), (0.30, 0.36, 0.46), _spots(rng, 60, (2.5, 4.0)))
+        return _mix((0.27, 0.29, 0.33), (0.19, 0.23, 0.30), _spots(rng, 60, (2.5, 4.0)))
     if place == "water":
         waves = np.sin(2 * np.pi * 10 * y / TILE + 2.0 * np.sin(2 * np.pi * 4 * x / TILE))
         return _mix((0.03, 0.22, 0.25), (0.10, 0.38, 0.40), np.clip(0.5 + 0.8 * waves, 0, 1))
