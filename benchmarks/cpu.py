@@ -87,7 +87,7 @@ def ours(job: str, model: Path, size: Size) -> Job:
     guided = job == "sample"
     text = tav.encode_text(["", PROMPT] if guided else "")
     ladder = tav.schedule.sampling(size.walk) if guided else tav.schedule.inversion(size.walk)
-    options = {"prediction": tav.schedule.prediction, "use_guidance": guided, "trajectory": False, "report": None}
+    options = {"prediction": tav.schedule.prediction, "use_guidance": guided, "trajectory": False}
 
     def walk() -> float:
         last, _ = programs.walk_latents(tav.parts.unet, latents, text, ladder, jnp.float32(GUIDANCE), **options)

@@ -234,7 +234,6 @@ def _fit(frame: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> UInt8[np.
 ONE_THREAD = {"x264-params": "threads=1"}
 
 
-
 def _write_mp4(path: Path, clip: Clip) -> None:
     h, w = clip.frames.shape[1:3]
     rate = Fraction(clip.fps).limit_denominator(100_000)

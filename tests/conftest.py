@@ -3,8 +3,10 @@
 The cases in `tests/reference` are tiny pipelines with numbers computed by the official PyTorch implementation.
 """
 
+import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,15 @@ import pytest
 from tav_jax import TuneAVideo
 
 REFERENCE = Path(__file__).parent / "reference"
+
+# Where `install_oracle.py` has put the TPU's compiler; a process that shall find it gets this environment.
+TPU_COMPILER = Path(sys.prefix) / "tpu-compiler"
+LOOKING_THERE = {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TPU_COMPILER))))}
+with_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu") and not (TPU_COMPILER / "libtpu").is_dir(),
+    reason="the TPU's compiler is not installed: pip install libtpu",
+)
+
 CASES = ("sd1", "sd2")
 
 

@@ -1,8 +1,11 @@
-"""Install CPU torch and diffusers, the oracle of many tests, where a CPU build of torch is to be had.
+"""Install what tests compare with: CPU torch and diffusers, and beside them the TPU's compiler.
 
 On Linux a plain `torch` is the CUDA build with gigabytes of companions, so pip is asked first which build it would
 take. Where it is not a CPU build, nothing is installed: the tests that need it skip and say so, and the stored numbers
 still run.
+
+The compiler (libtpu) goes into a folder of its own, where only the tests that compile for a TPU look: JAX would start
+it in every process that can import it, and find no TPU.
 """
 
 import json
@@ -11,6 +14,7 @@ import subprocess
 import sys
 
 TORCH, DIFFUSERS = "torch==2.13.0", "diffusers>=0.40,<0.50"
+LIBTPU, FOLDER = "libtpu>=0.0.40,<0.1", "tpu-compiler"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
@@ -25,6 +29,19 @@ def offered_build() -> str | None:
 
 
 def main() -> None:
+    install_torch()
+    install_libtpu()
+
+
+def install_libtpu() -> None:
+    """Its wheels are for Linux on x86 only; there, a failure is told by the tests that skip."""
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        target = ["--no-deps", "--upgrade", "--target", f"{sys.prefix}/{FOLDER}"]
+        if subprocess.run([*PIP, "install", "--quiet", *target, LIBTPU], check=False).returncode:
+            print("The TPU's compiler could not be installed: the tests that compile for a TPU will skip.")
+
+
+def install_torch() -> None:
     build = offered_build()
     if build is None or (platform.system() == "Linux" and "+cpu" not in build and build != "installed"):
         print(

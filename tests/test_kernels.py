@@ -1,6 +1,5 @@
 """The attention kernels against the plain formula, on the CPU in interpret mode, and through the real TPU compiler."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import difference
+from conftest import LOOKING_THERE, difference, with_libtpu
 
 from tav_jax import InputError, TuneAVideo, kernels
 from tav_jax.kernels import attend_frames
@@ -139,11 +138,12 @@ def test_the_whole_network_gives_the_same_with_the_kernel(sd1):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
+@with_libtpu
 def test_the_tpu_compiler_takes_the_kernel_and_it_needs_less_memory_than_splash():
     script = Path(__file__).parent.parent / "benchmarks/kernels.py"
     line = [sys.executable, str(script), "--topologies=v5e:1x1", "--shapes=1024x8x80", "--frames=8", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    there = {**os.environ, **LOOKING_THERE}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=there)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {(row["kernel"], row["way"]): row for row in map(json.loads, done.stdout.splitlines())}
     for way in ("forward", "gradient"):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import REFERENCE
+from conftest import LOOKING_THERE, REFERENCE, with_libtpu
 from flax import nnx
 from jax.experimental import pallas as pl
 
@@ -351,16 +351,13 @@ def test_a_page_and_a_line_say_what_fits_and_what_would():
 
 # ------------------------------------------------------------------------------------------- with the TPU's compiler
 
-with_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install libtpu"
-)
-
 
 def tav_plan(model, folder, *arguments) -> SimpleNamespace:
     """In a process of its own, which has no say in the environment."""
     line = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}", f"--cache={folder}"]
     sizes = [f"--config.clip.{name}={value}" for name, value in (("frames", 8), ("height", 32), ("width", 32))]
-    env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    env = kept | LOOKING_THERE
     done = subprocess.run([*line, *sizes, *arguments], capture_output=True, text=True, env=env, timeout=900)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
