@@ -284,7 +284,9 @@ class Imagined(Planner):
         each = {"none": 5, "products": 4, "attention": 3.5, "block": 3, "level": 1}[one.remat] * GIB
         temporaries = int(each * advice.per_chip(one))
         peak, hbm = 3 * GIB + temporaries, one.topology.chip.hbm
-        return Report(name, peak <= hbm, peak, hbm, 3 * GIB, temporaries, seconds={"compute": float(one.frames)})
+        told = {"all-to-all": {"times": 4, "bytes": 6_000_000}}
+        seconds = {"compute": float(one.frames)}
+        return Report(name, peak <= hbm, peak, hbm, 3 * GIB, temporaries, seconds=seconds, collectives=told)
 
 
 def test_advice_is_the_mildest_of_each_kind_that_was_compiled_and_fits():
@@ -337,6 +339,7 @@ def test_a_page_and_a_line_say_what_fits_and_what_would():
     said = page.text(at, [report], told)
     assert "tune needs 21.00 GiB of 15.75 and does not fit. These would (compiled):" in said
     assert "--config.clip.frames=16  (15.00 GiB, at least 16.0 s a step)" in said
+    assert "tune, between the chips, per step: all-to-all 4 (6.0 MB)" in said
     line = page.one_line(at, [report], told)
     assert "\n" not in line
     read = json.loads(line)

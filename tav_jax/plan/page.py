@@ -26,7 +26,7 @@ def text(job: Job, reports: Sequence[Report], advice: dict[str, list[Advice]]) -
     ]
     for report in reports:
         if told := ", ".join(
-            f"{kind} {c['count'] / report.steps:.0f} ({c['bytes'] / report.steps / 1e6:.1f} MB)"
+            f"{kind} {c['times'] / report.steps:.0f} ({c['bytes'] / report.steps / 1e6:.1f} MB)"
             for kind, c in report.collectives.items()
         ):
             lines.append(f"{report.name}, between the chips, per step: {told}")
