@@ -260,8 +260,9 @@ def _attention_fwd(size: Sizes, offset, q, k, v, first, halo):
 
 
 def _attention_bwd(size: Sizes, kept, g):
-    nothing = np.zeros(kept[0].shape, jax.dtypes.float0)  # the offset is a whole number
-    return nothing, *_run_backward(size, *kept, g)
+    offset, q, k, v, first, halo, out, lse = kept
+    nothing = np.zeros(offset.shape, jax.dtypes.float0)  # the offset is a whole number
+    return nothing, *_run_backward(size, offset, q, k, v, first, halo, out, lse, g)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
