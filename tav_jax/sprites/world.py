@@ -205,7 +205,7 @@ def ground(place: str) -> Float[np.ndarray, "128 128 3"]:
     if place == "stones":
         return _mix((0.24, 0.24, 0.25), (0.10, 0.10, 0.11), _seams(rng, 81, 2.5))
     if place == "clouds":
-        return _mix((0.12, 0.17, 0.38), (0.38, 0.40, 0.48), _spots(rng, 34, (6.0, 10.0)))
+        return _mix((0.12, 0.17, 0.38), (0.26, 0.29, 0.44), _spots(rng, 34, (6.0, 10.0)))
     raise ValueError(f"there is no place {place!r}")
 
 
