@@ -44,11 +44,12 @@ def test_a_finished_lesson_is_not_begun_again(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_recipe_in_small_makes_a_model_that_opens(tmp_path):
-    numbers = {"vae-steps": 2, "polish-steps": 2, "pictures": 128, "unet-steps": 2, "unet-batch": 4}
-    line = [f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'model'}"]
-    assert pretrain.main(line + [f"--{name}={value}" for name, value in numbers.items()]) == 0
+    steps = {"vae_steps": 2, "polish_steps": 2, "pictures": 128, "unet_steps": 2, "unet_batch": 4}
+    widths = {"vae_widths": (8, 8, 16), "unet_widths": (16, 32, 32), "unet_heads": (1, 2, 2), "text_width": 32}
+    recipe = Recipe(**steps, **widths)
+    pretrain.make(recipe, tmp_path / "work", tmp_path / "model")
     tav = TuneAVideo.from_pretrained(tmp_path / "model", dtype="float32")
-    assert tav.encode_text("a red star on snow").shape == (1, 77, Recipe().text_width)
+    assert tav.encode_text("a red star on snow").shape == (1, 77, recipe.text_width)
     frames = np.zeros((2, 64, 64, 3), np.uint8)
     latents = tav.encode_video(frames)
     assert latents.shape == (1, 2, 16, 16, 4)

@@ -452,11 +452,15 @@ def stages(recipe: Recipe, workdir: Path) -> Iterator[tuple[str, Any]]:
     yield "unet", train_unet(recipe, pool, scale, workdir)
 
 
-def main(given: list[str] | None = None) -> int:
-    recipe, workdir, out = arguments(given)
+def make(recipe: Recipe, workdir: Path, out: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     made = dict(stages(recipe, workdir))
     export(recipe, made["vae"], made["pool"][1], made["unet"], out)
+
+
+def main(given: list[str] | None = None) -> int:
+    recipe, workdir, out = arguments(given)
+    make(recipe, workdir, out)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     print(f"The model is in {out}: {size / 1e6:.1f} MB of weights.")
     return 0
