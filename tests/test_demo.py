@@ -19,7 +19,6 @@ from tav_jax.sprites.edits import MODEL, Settings
 from tav_jax.sprites.judge import look
 from tav_jax.sprites.world import scenes
 
-
 FLOOR, CEILING = 0.80, 3.0  # of what one clip, tuned and sampled in half the steps, reaches; its path in pixels
 
 
