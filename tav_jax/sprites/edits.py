@@ -24,7 +24,7 @@ class Settings:
     learning_rate: float = 3e-4
     inversion_steps: int = 50
     sampling_steps: int = 50
-    guidance: float = 5.0
+    guidance: float = 3.0
     seed: int = 0
 
 
