@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tav_jax-tests-{os.getuid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import jax
 import numpy as np
 import pytest
 
@@ -77,6 +78,13 @@ class Case:
     def tav(self) -> TuneAVideo:
         """The pretrained pipeline, in float32. Nobody may tune it: it is shared."""
         return self.load()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_module():
+    """A worker that keeps what every file has compiled comes to many gigabytes; the disk has most of it anyway."""
+    yield
+    jax.clear_caches()
 
 
 _cases = {name: Case(REFERENCE / name) for name in CASES}
