@@ -320,7 +320,7 @@ def test_a_sweep_compiles_the_ends_and_draws_the_line_between():
     assert drawn.count('fill="white" stroke') == 4
 
 
-def test_reports_are_kept_under_all_that_they_depend_on(tmp_path):
+def test_reports_are_kept_under_all_that_they_depend_on(tmp_path, monkeypatch):
     at, report = a_job(), Imagined().report(a_job(), "tune")
     assert keep.load(tmp_path, at, "tune") is None
     keep.save(tmp_path, at, report)
@@ -328,6 +328,9 @@ def test_reports_are_kept_under_all_that_they_depend_on(tmp_path):
     assert keep.load(tmp_path, at, "sample") is None
     for change in ({"frames": 23}, {"remat": "level"}, {"fsdp": True}, {"topology": chips.read("v6e-8")}):
         assert keep.load(tmp_path, at.with_(**change), "tune") is None
+    with monkeypatch.context() as other:
+        other.setattr(keep, "version", lambda package: "7.0" if package == "libtpu" else "1.0")
+        assert keep.load(tmp_path, at, "tune") is None
     next(tmp_path.glob("*.json")).write_text('{"report": ')
     assert keep.load(tmp_path, at, "tune") is None  # damaged: compiled again
 

@@ -17,10 +17,17 @@ SOURCES = ("models", "kernels", "diffusion", "plan", "programs.py", "sharding.py
 VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def key(job: Job, name: str) -> str:
     depends = hashlib.sha256(f"{name}\n{as_json(job)}\n".encode())
     for package in VERSIONS:
-        depends.update(f"{package} {metadata.version(package)}\n".encode())
+        depends.update(f"{package} {version(package)}\n".encode())
     for source in SOURCES:
         path = PACKAGE / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
