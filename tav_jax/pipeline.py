@@ -139,10 +139,14 @@ class TuneAVideo:
         """Write a Diffusers-layout directory with the UNet as it is now, its keys as the official code names them."""
         processes.from_first(f"writing {directory}", lambda: weights.save(self.parts, directory))
 
-    def offload(self) -> None:
-        """Move the VAE and the text encoder to the host's memory; a call that needs them takes them along."""
+    def offload(self, trainable: Sequence[str] = ()) -> None:
+        """Move the VAE and the text encoder to the host's memory, and of the UNet what is trained, while a learner has
+        its own; a call that needs them takes them along."""
         for module in (self.parts.vae, self.parts.text_encoder):
             nnx.update(module, jax.device_get(nnx.state(module)))
+        if trainable:
+            unet = self.parts.unet
+            nnx.update(unet, jax.device_get(nnx.state(unet, training.subset(trainable))))
 
     # ---------------------------------------------------------------------------------------- text and pictures
 

@@ -149,7 +149,7 @@ class Run:
         if first:
             self.check_base(tav, self.checkpoints.about())
             learner = self.checkpoints.restore(learner)
-        tav.offload()
+        tav.offload(c.train.trainable)
 
         self.workdir.create()
         self.workdir.write("config.json", configs.to_json(c))

@@ -4,14 +4,10 @@ import math
 import re
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-BITS = {"pred": 8, "bf16": 16}
+from tav_jax.plan.text import computations, sized
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(")
-_WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CALLED = re.compile(r"(?:calls|to_apply|condition|body|async_execution_thread|branch_computations)=\{?%?([\w.\-]+)")
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _GROUPS = (
     re.compile(r"replica_groups=\[\d+,(\d+)\]"),
@@ -44,46 +40,24 @@ class Collective(NamedTuple):
 
 def read(text: str, chips: int, loop: int = 1) -> list[Collective]:
     """Of a program on so many chips. `loop` is the count of a loop that does not tell its own."""
-    inside: dict[str, list[tuple[str, Collective]]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
-    here, entry = "", ""
-    for line in text.splitlines():
-        if (start := _COMPUTATION.match(line)) is not None:
-            here = start[2]
-            entry = here if start[1] else entry
-        elif (found := _COLLECTIVE.search(line)) is not None:
-            inside.setdefault(here, []).append(_collective(line, found, chips))
-        if "=" in line and (looping := _WHILE.search(line)) is not None:
-            trips = _TRIPS.search(line)
-            calls.setdefault(here, []).append((looping[2], int(trips[1]) if trips else loop))
-        elif "=" in line:
-            calls.setdefault(here, []).extend((name, 1) for name in _CALLED.findall(line))
-
-    times: dict[str, int] = {}
-    waiting = [(entry, 1)]
-    while waiting:
-        name, count = waiting.pop()
-        if count > times.get(name, 0):
-            times[name] = count
-            waiting += [(called, count * trips) for called, trips in calls.get(name, ())]
+    program = computations(text, loop)
+    found = [
+        (_collective(line, match, chips), one.times)
+        for one in program.values()
+        for line in one.lines
+        if (match := _COLLECTIVE.search(line)) is not None
+    ]
     # An asynchronous one stands in several computations, its beginning, what runs meanwhile and its end, by one number.
-    unique = {
-        channel: one._replace(times=times[name]) for name in inside if name in times for channel, one in inside[name]
-    }
+    unique = {channel: one._replace(times=times) for (channel, one), times in found}
     return list(unique.values())
 
 
 def _collective(line: str, found: re.Match[str], chips: int) -> tuple[str, Collective]:
-    shapes = [_bytes(*shape) for shape in _SHAPE.findall(found[1])]
+    shapes = [sized(*shape) for shape in _SHAPE.findall(found[1])]
     # What starts an asynchronous one gives (operand, result, flags).
     size = shapes[1] if found[3] and found[2] != "all-reduce" and len(shapes) > 1 else sum(shapes)
     channel = re.search(r"channel_id=(\d+)", line)
     return channel[1] if channel else line, Collective(found[2], size, _participants(line, chips), 1)
-
-
-def _bytes(kind: str, sizes: str) -> int:
-    bits = BITS.get(kind) or int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind))
-    return math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
 
 
 def _participants(line: str, chips: int) -> int:

@@ -114,8 +114,7 @@ def functions(job: Job, wanted: tuple[str, ...]) -> Iterator[Function]:
             place.tree(training.Hyper(*(jnp.float32(0) for _ in training.Hyper._fields))),
         )
         options = {"prediction": job.shapes.prediction, "remat": job.remat, "fsdp": job.fsdp}
-        # What was loaded stays until what is learned takes its place.
-        return make("tune", training.tune_step, arguments, options, size(trained))
+        return make("tune", training.tune_step, arguments, options, 0)  # all else waits in the host's memory
 
     def walk(name: str, count: int, guidance: bool):
         steps = len(next(programs.in_pieces(_ladder(count, lambda shape, dtype: jnp.zeros(shape, dtype)))).timesteps)

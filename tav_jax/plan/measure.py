@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tav_jax.plan import collectives, flops
+from tav_jax.plan import collectives, flops, traffic
 from tav_jax.plan.chips import Topology
 from tav_jax.plan.functions import Function
 
@@ -29,7 +29,8 @@ class Report:
     code_bytes: int = 0
     beside_bytes: int = 0
     flops: float = 0.0
-    moved_bytes: float = 0.0
+    moved_bytes: float = 0.0  # between chip and HBM
+    touched_bytes: float = 0.0  # XLA's "bytes accessed", which counts what stays on the chip, too
     seconds: dict[str, float] = field(default_factory=dict)  # compute, memory, interconnect: each by itself
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     steps: int = 1
@@ -82,9 +83,9 @@ def measure(function: Function, topology: Topology) -> Report:
     memory, told = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     assert told is not None
-    # XLA counts a loop's body once; outside of the loop over the steps next to nothing happens.
-    moved = told.get("bytes accessed", 0.0) * function.steps
-    between = collectives.read(compiled.as_text(), topology.chips, function.steps)
+    text = compiled.as_text()
+    moved = traffic.hbm_bytes(text, function.steps)
+    between = collectives.read(text, topology.chips, function.steps)
     chip = topology.chip
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (
@@ -102,6 +103,8 @@ def measure(function: Function, topology: Topology) -> Report:
         output_bytes=output,
         code_bytes=memory.generated_code_size_in_bytes,
         moved_bytes=moved,
+        # XLA counts a loop's body once; outside of the loop over the steps next to nothing happens.
+        touched_bytes=told.get("bytes accessed", 0.0) * function.steps,
         seconds={
             "compute": counted / chip.flops / function.steps,
             "memory": moved / chip.bandwidth / function.steps,

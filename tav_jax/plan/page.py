@@ -10,8 +10,8 @@ from tav_jax.plan.measure import Report
 
 COLUMNS = ("", "fits", "peak", "arguments", "temporary", "code", "beside", "TFLOP", "moved", "a step", "limit", "all")
 LEGEND = """\
-GiB per chip, of {hbm:.2f}; beside: what the run keeps meanwhile. TFLOP and GB moved: per chip and step. A step takes at
-least so long, by its limit; all: all steps of an inversion or of a sample, and one step of tuning."""
+GiB per chip, of {hbm:.2f}; beside: what the run keeps meanwhile. TFLOP, and GB moved to and from HBM: per chip and step.
+A step takes at least so long, by its limit; all: all steps of an inversion or of a sample, and one step of tuning."""
 
 
 def text(job: Job, reports: Sequence[Report], advice: dict[str, list[Advice]]) -> str:

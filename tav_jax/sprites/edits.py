@@ -20,7 +20,7 @@ class Settings:
     """Everything that a result depends on, beside the clip and the prompts."""
 
     frames: int = 8
-    steps: int = 200
+    steps: int = 400
     learning_rate: float = 3e-4
     inversion_steps: int = 50
     sampling_steps: int = 50
