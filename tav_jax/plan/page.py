@@ -10,7 +10,7 @@ from tav_jax.plan.measure import Report
 
 COLUMNS = ("", "fits", "peak", "arguments", "temporary", "code", "beside", "TFLOP", "moved", "a step", "limit", "all")
 LEGEND = """\
-GiB per chip, of {hbm:.2f}; beside: what the run keeps meanwhile. TFLOP, and GB moved to and from HBM: per chip and step.
+GiB per chip, of {hbm:.2f}; beside: what the run keeps meanwhile. TFLOP, and GB moved over HBM: per chip and step.
 A step takes at least so long, by its limit; all: all steps of an inversion or of a sample, and one step of tuning."""
 
 
