@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from tav_jax import config, layout, training
 from tav_jax.errors import InputError, MissingError
 from tav_jax.models import UNet, UNetConfig
-from tav_jax.plan import advice, chips, collectives, flops, job, keep, page, prepare, sweep, traffic
+from tav_jax.plan import advice, chips, collectives, flops, job, keep, measure, page, prepare, sweep, traffic
 from tav_jax.plan.measure import Report, needed_bytes
 from tav_jax.plan.planner import Planner
 
@@ -263,6 +263,15 @@ def test_what_goes_to_and_from_hbm_is_read_from_a_programs_text():
     assert traffic.hbm_bytes(narrow) == traffic.hbm_bytes(TRAFFIC)
     unsaid = TRAFFIC.replace('"known_trip_count":{"n":"3"}', "")
     assert traffic.hbm_bytes(unsaid, loop=7) == ahead + rows + looped // 3 * 7 + rows
+
+
+def test_a_program_that_the_compiler_cannot_show_is_told_by_what_else_is_known(capsys):
+    def as_text():
+        raise RuntimeError("INTERNAL: RET_CHECK failure")
+
+    assert measure._text(SimpleNamespace(as_text=as_text)) == ""
+    assert "cannot show this program: INTERNAL: RET_CHECK" in capsys.readouterr().err
+    assert collectives.read("", 8) == []
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

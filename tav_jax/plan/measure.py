@@ -1,6 +1,7 @@
 """One program compiled for a chip, and what the compiler says of it."""
 
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class Report:
     code_bytes: int = 0
     beside_bytes: int = 0
     flops: float = 0.0
-    moved_bytes: float = 0.0  # between chip and HBM
+    moved_bytes: float = 0.0  # between chip and HBM; where the program could not be read, all that was touched
     touched_bytes: float = 0.0  # XLA's "bytes accessed", which counts what stays on the chip, too
     seconds: dict[str, float] = field(default_factory=dict)  # compute, memory, interconnect: each by itself
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -83,8 +84,10 @@ def measure(function: Function, topology: Topology) -> Report:
     memory, told = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     assert told is not None
-    text = compiled.as_text()
-    moved = traffic.hbm_bytes(text, function.steps)
+    # XLA counts a loop's body once; outside of the loop over the steps next to nothing happens.
+    touched = told.get("bytes accessed", 0.0) * function.steps
+    text = _text(compiled)
+    moved = traffic.hbm_bytes(text, function.steps) if text else touched
     between = collectives.read(text, topology.chips, function.steps)
     chip = topology.chip
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -103,8 +106,7 @@ def measure(function: Function, topology: Topology) -> Report:
         output_bytes=output,
         code_bytes=memory.generated_code_size_in_bytes,
         moved_bytes=moved,
-        # XLA counts a loop's body once; outside of the loop over the steps next to nothing happens.
-        touched_bytes=told.get("bytes accessed", 0.0) * function.steps,
+        touched_bytes=touched,
         seconds={
             "compute": counted / chip.flops / function.steps,
             "memory": moved / chip.bandwidth / function.steps,
@@ -113,6 +115,15 @@ def measure(function: Function, topology: Topology) -> Report:
         collectives={kind: told._asdict() for kind, told in collectives.by_kind(between).items()},
         compile_seconds=taken,
     )
+
+
+def _text(compiled: Any) -> str:
+    """The program's text; none where the compiler cannot write down what it made (libtpu 0.0.52 for some v6e programs)."""
+    try:
+        return compiled.as_text()
+    except Exception as error:
+        print(f"the compiler cannot show this program: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        return ""
 
 
 def _failed(message: str, common: dict[str, Any], taken: float) -> Report:
