@@ -118,7 +118,7 @@ def measure(function: Function, topology: Topology) -> Report:
 
 
 def _text(compiled: Any) -> str:
-    """The program's text; none where the compiler cannot write down what it made (libtpu 0.0.52 for some v6e programs)."""
+    """The program's text; none where the compiler cannot write down what it made (libtpu 0.0.52, v6e)."""
     try:
         return compiled.as_text()
     except Exception as error:
