@@ -47,7 +47,7 @@ def test_it_draws_what_it_is_told_also_what_it_was_never_shown(tav):
     held_out = [scene for scene in scenes() if scene.held_out]
     chosen = [held_out[i] for i in np.random.default_rng(1).choice(len(held_out), 32, replace=False)]
     told = benchmark.stills(tav, chosen, Settings(sampling_steps=25))
-    assert told["all"] >= 0.4, told
+    assert told["all"] >= 0.75, told
 
 
 def test_diffusers_opens_it_and_draws_the_same_world():
@@ -66,7 +66,7 @@ def test_diffusers_opens_it_and_draws_the_same_world():
         generator=torch.Generator().manual_seed(0),
     ).images
     right = [look(np.rint(255 * x).astype(np.uint8)).scene == s for x, s in zip(drawn, chosen, strict=True)]
-    assert np.mean(right) >= 0.4
+    assert np.mean(right) >= 0.75
 
 
 # ------------------------------------------------------------------------------------------------- the benchmark
@@ -75,10 +75,15 @@ def test_diffusers_opens_it_and_draws_the_same_world():
 def test_the_table_counts_its_cells_and_gives_mean_and_spread(tmp_path):
     for seed, accuracy in ((0, 0.8), (1, 1.0)):
         for clip in range(2):
-            told = {"row": "full", "clip": clip, "seed": seed, "edit_accuracy": accuracy, "trajectory_error_px": 1.5}
-            benchmark.write(tmp_path / f"full/clip{clip}-seed{seed}.json", told | {"frame_consistency": 0.99})
+            one = {"edit_accuracy": accuracy, "trajectory_error_px": 1.5, "frame_consistency": 0.99}
+            other = one | {"edit_accuracy": accuracy - 0.4, "trajectory_error_px": 4.5}
+            edits = {"style": one, "object": other, "place": one, "several at once": other}
+            mean = {"edit_accuracy": accuracy - 0.2, "trajectory_error_px": 3.0, "frame_consistency": 0.99}
+            told = {"row": "full", "clip": clip, "seed": seed, "edits": edits} | mean
+            benchmark.write(tmp_path / f"full/clip{clip}-seed{seed}.json", told)
     row = benchmark.table(tmp_path).splitlines()[2]
-    assert row == "| the full method | 0.90 ± 0.14 | 1.50 ± 0.00 | 0.990 ± 0.000 | 4 |"
+    kept, replaced = "0.90 ± 0.14, 1.50 ± 0.00 px", "0.50 ± 0.14, 4.50 ± 0.00 px"
+    assert row == f"| the full method | 0.70 ± 0.14 | 3.00 ± 0.00 | {kept} | {replaced} | 0.990 ± 0.000 | 4 |"
     assert benchmark.picture(tmp_path).startswith("<svg")
 
 

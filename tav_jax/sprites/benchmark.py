@@ -20,7 +20,7 @@ import numpy as np
 from tav_jax import Clip, TuneAVideo, cache
 from tav_jax.progress import progress_bar
 from tav_jax.sprites.demo import reconstruction
-from tav_jax.sprites.edits import FPS, MODEL, Settings, edits_of
+from tav_jax.sprites.edits import FPS, KEEPING, KINDS, MODEL, REPLACING, Settings, edits_of
 from tav_jax.sprites.judge import judge, look
 from tav_jax.sprites.world import SIDE, Scene, SpriteClip, scenes
 
@@ -170,13 +170,15 @@ class Figure(NamedTuple):
         return f"{self.mean:{spec}}" + (f" ± {self.spread:{spec}}" if np.isfinite(self.spread) else "")
 
 
-def figure(told: list[dict[str, Any]], measure: str) -> Figure:
+def figure(told: list[dict[str, Any]], measure: str, kinds: Sequence[str] = KINDS) -> Figure:
+    """Over the edits of these kinds of all cells."""
+    values = {i: float(np.mean([cell["edits"][kind][measure] for kind in kinds])) for i, cell in enumerate(told)}
     by_seed = defaultdict(list)
-    for cell in told:
-        by_seed[cell["seed"]].append(cell[measure])
-    means = [np.mean(values) for values in by_seed.values()]
+    for i, cell in enumerate(told):
+        by_seed[cell["seed"]].append(values[i])
+    means = [np.mean(some) for some in by_seed.values()]
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-    return Figure(float(np.mean([cell[measure] for cell in told])), spread, len(told))
+    return Figure(float(np.mean(list(values.values()))), spread, len(told))
 
 
 def gathered(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -186,8 +188,11 @@ def gathered(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(folder: Path) -> str:
-    """Two tables in Markdown: every row on all of its clips, and on the clips that all rows share."""
-    lines = ["| | edit accuracy | path error, px | steadiness | cells |", "|---|---|---|---|---|"]
+    """A table in Markdown: every row on all of its clips, and on the clips that all rows share."""
+    lines = [
+        "| | edit accuracy | path error, px | where the object stays | where it is replaced | steadiness | cells |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in ROWS:
         told = gathered(folder)[row.name]
         versions = [(row.told, told)]
@@ -196,7 +201,11 @@ def table(folder: Path) -> str:
         for name, some in versions:
             if some:
                 a, t, f = (figure(some, measure) for measure in MEASURES)
-                lines.append(f"| {name} | {a:.2f} | {t:.2f} | {f:.3f} | {a.cells} |")
+                parts = [
+                    f"{figure(some, MEASURES[0], kinds):.2f}, {figure(some, MEASURES[1], kinds):.2f} px"
+                    for kinds in (KEEPING, REPLACING)
+                ]
+                lines.append(f"| {name} | {a:.2f} | {t:.2f} | {' | '.join(parts)} | {f:.3f} | {a.cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ FPS = 8.0
 SOURCE = Scene("red", "circle", "grass")
 MOTION = "bounce"
 KINDS = ("style", "object", "place", "several at once")
+KEEPING, REPLACING = ("style", "place"), ("object", "several at once")  # the source's object, or by another one
 
 
 @dataclass(frozen=True)
