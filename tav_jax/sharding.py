@@ -8,7 +8,7 @@ devices it gave a sample that was 3 % off (jax 0.10.2, CPU). Without a mesh noth
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 Tree = TypeVar("Tree")
 CLIP = P("data", "frames")  # [B, F, …]
 ROWS = P(("data", "frames"))  # [N, …]: rows that have nothing to do with each other
+PROMPTS = P("data")  # [B, …]
 EVERYWHERE = P()
 USUAL_FRAMES = 24
 
@@ -81,14 +82,30 @@ def axes() -> dict[str, int]:
 def pin(x: jax.Array, spec: P) -> jax.Array:
     """Under a mesh, x spread as `spec` says: the compiler would else choose, and gather what fits in no memory."""
     sizes = axes()
-    if not sizes:
-        return x
+    return jax.lax.with_sharding_constraint(x, _fitting(x, spec, sizes)) if sizes else x
+
+
+def _fitting(x: Any, spec: P, sizes: dict[str, int]) -> P:
+    """The spec without the axes that do not divide."""
 
     def size(names: Any) -> int:
         return math.prod(sizes[name] for name in (names if isinstance(names, tuple) else (names,)))
 
-    fitting = (names if names and x.shape[axis] % size(names) == 0 else None for axis, names in enumerate(spec))
-    return jax.lax.with_sharding_constraint(x, P(*fitting))
+    return P(*(names if names and x.shape[axis] % size(names) == 0 else None for axis, names in enumerate(spec)))
+
+
+def on_each_device(function: Callable[..., jax.Array], *arrays: Any, specs: Sequence[P]) -> jax.Array:
+    """`function` of the part of each array that a device has; its result is spread as the first one is. A tree of
+    arrays can only be everywhere.
+
+    For what the compiler cannot cut into parts, as kernels, or would not, as attention: where two spread axes are made
+    one, `[B, T, …]` to `[B·T, …]`, it gathers them first (jax 0.10.2), on a TPU all of a clip at every layer.
+    """
+    sizes = axes()
+    if not sizes:
+        return function(*arrays)
+    parts = tuple(_fitting(x, spec, sizes) for x, spec in zip(arrays, specs, strict=True))
+    return jax.shard_map(function, in_specs=parts, out_specs=parts[0], check_vma=False)(*arrays)
 
 
 def fill_up(clip: jax.Array) -> tuple[jax.Array, jax.Array | None]:

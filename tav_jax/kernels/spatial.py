@@ -12,18 +12,15 @@ A kernel that cannot take a shape leaves it to plain XLA, which is as fast where
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from tav_jax.kernels.attend import attend
 from tav_jax.kernels.sparse_causal import fits, sparse_causal
 from tav_jax.kernels.splash import splash
-from tav_jax.sharding import axes
+from tav_jax.sharding import CLIP, axes, on_each_device
 
 SpatialAttention = Literal["sparse-causal", "first-frame", "per-frame"]
 Kernel = Literal["plain", "fused", "splash", "cudnn", "interpret"]
@@ -79,21 +76,13 @@ def attend_frames(
 ) -> Float[Array, "B F T N D"]:
     """Each frame's queries over the keys and values of the frames that it sees."""
     tokens, _, dim = q.shape[2:]
+    each = functools.partial(on_each_device, specs=(CLIP,) * 3)
     if kernel == "interpret" or tokens >= ENOUGH_TOKENS:
         if kernel in ("fused", "interpret") and sees == "sparse-causal" and fits(tokens, dim, q.dtype.itemsize):
-            return _on_each_device(functools.partial(sparse_causal, interpret=kernel == "interpret"), q, k, v)
+            over = axes().get("frames")
+            axis = "frames" if over and q.shape[1] % over == 0 else None
+            return each(functools.partial(sparse_causal, axis=axis, interpret=kernel == "interpret"), q, k, v)
         if kernel in ("fused", "splash"):
-            return _on_each_device(lambda *qkv, axis: splash(*qkv), q, frames_seen(k, sees), frames_seen(v, sees))
-    return attend(q, frames_seen(k, sees), frames_seen(v, sees), fast=kernel == "cudnn")
-
-
-def _on_each_device(kernel: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:
-    """The compiler cannot cut a kernel into parts: on a mesh each device is given its frames."""
-    sizes = axes()
-    if not sizes:
-        return kernel(*qkv, axis=None)
-    clip = P("data" if qkv[0].shape[0] % sizes["data"] == 0 else None, "frames")
-    part = jax.shard_map(
-        functools.partial(kernel, axis="frames"), in_specs=(clip,) * len(qkv), out_specs=clip, check_vma=False
-    )
-    return part(*qkv)
+            return each(splash, q, frames_seen(k, sees), frames_seen(v, sees))
+    plain = functools.partial(attend, fast=kernel == "cudnn")
+    return each(plain, q, frames_seen(k, sees), frames_seen(v, sees))

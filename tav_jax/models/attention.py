@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from tav_jax.kernels import Kernel, SpatialAttention, attend, attend_frames
 from tav_jax.models.remat import name_attention
-from tav_jax.models.resnet import group_norm
-from tav_jax.sharding import CLIP, pin
+from tav_jax.models.resnet import Conv, group_norm
+from tav_jax.sharding import CLIP, EVERYWHERE, PROMPTS, on_each_device, pin
 
 # torch's default for a linear layer: uniform within ±1/√fan_in, a third of the variance that Flax would take.
 torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         # All frames share the text: fold them into the query axis instead of repeating keys and values.
         b, f, t, c = x.shape
         q, k, v = self.project(x.reshape(b, f * t, c), text)  # [B, F·T, N, D], [B, L, N, D]
-        return self.join(attend(q, k, v)).reshape(b, f, t, c)
+        return self.join(on_each_device(attend, q, k, v, specs=(CLIP, PROMPTS, PROMPTS))).reshape(b, f, t, c)
 
     def temporal(self, x: Float[Array, "B F T c"], real: Bool[Array, "F"] | None = None) -> Float[Array, "B F T c"]:
         """Each position looks at itself in all (real) frames: not causal, no position encoding."""
@@ -58,8 +58,15 @@ class Attention(nnx.Module):
         # compiler by itself would gather the whole clip on every device. What comes in is pinned as well, or the spread
         # over positions would run backwards from here through the network, and every block's keys would be gathered.
         x = pin(jnp.swapaxes(pin(x, CLIP), 1, 2), CLIP)  # [B, T, F, C]
-        x = pin(self.join(attend(*self.project(x, x), seen=real)), CLIP)
+        seen = () if real is None else (real,)
+        qkv = self.project(x, x)  # [B, T, F, N, D]
+        x = on_each_device(_among, *qkv, *seen, specs=(CLIP, CLIP, CLIP, *(EVERYWHERE for _ in seen)))
+        x = pin(self.join(x), CLIP)
         return pin(jnp.swapaxes(x, 1, 2), CLIP)  # [B, F, T, C]
+
+
+def _among(q, k, v, seen=None):
+    return attend(q, k, v, seen=seen)
 
 
 class FeedForward(nnx.Module):
@@ -134,7 +141,7 @@ class Transformer(nnx.Module):
         kw = {"dtype": dtype, "rngs": rngs}
 
         def projection():  # the same arithmetic; the 1×1 convolution keeps Stable Diffusion 1's tensor shapes
-            return nnx.Linear(dim, dim, **kw) if linear_projection else nnx.Conv(dim, dim, (1, 1), **kw)
+            return nnx.Linear(dim, dim, **kw) if linear_projection else Conv(dim, dim, (1, 1), **kw)
 
         self.norm = group_norm(dim, groups, 1e-6, **kw)
         self.proj_in = projection()
@@ -147,8 +154,8 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "B F H W c"], text: Float[Array, "B L e"], real: Bool[Array, "F"] | None = None
     ) -> Float[Array, "B F H W c"]:
         b, f, h, w, c = x.shape
-        tokens = self.norm(x.reshape(b * f, h, w, c))  # [B·F, H, W, C]: statistics of each frame alone
+        tokens = jax.vmap(self.norm)(x)  # statistics of each frame alone
         tokens = self.proj_in(tokens).reshape(b, f, h * w, c)  # [B, F, T, C]
         for block in self.transformer_blocks:
             tokens = block(tokens, text, real)
-        return x + self.proj_out(tokens.reshape(b * f, h, w, c)).reshape(b, f, h, w, c)
+        return x + self.proj_out(tokens.reshape(x.shape))

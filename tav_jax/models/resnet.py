@@ -11,16 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from tav_jax.sharding import CLIP, EVERYWHERE, on_each_device
+
 # How many pixels go around a picture: a number for all sides, or (before, after) for each axis.
 Padding = int | Sequence[tuple[int, int]]
 
 
-def conv(
-    cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Padding | None = None, dtype, rngs
-) -> nnx.Conv:
+class Conv(nnx.Conv):
+    """Of a clip `[B, F, H, W, C]`, each device of a mesh takes its frames: a convolution has one batch axis only, and
+    to make one of two that are spread the compiler would gather the clip."""
+
+    def __call__(self, x: Float[Array, "*b h w cin"]) -> Float[Array, "*b h2 w2 cout"]:
+        if x.ndim < 5:
+            return super().__call__(x)
+        graph, weights = nnx.split(self)
+
+        def convolve(x, weights):
+            return nnx.Conv.__call__(nnx.merge(graph, weights), x)
+
+        return on_each_device(convolve, x, weights, specs=(CLIP, EVERYWHERE))
+
+
+def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Padding | None = None, dtype, rngs) -> Conv:
     if padding is None:  # both sides alike, as torch does; XLA's "SAME" differs where the stride is 2
         padding = size // 2
-    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+    return Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs) -> nnx.GroupNorm:

@@ -29,8 +29,9 @@ def _of(equation: Any) -> float:
         return count(parameters["body_jaxpr"])  # how often is not known
     if name == "cond":
         return _branch(parameters)
-    if name == "shard_map":  # what each device does
-        return parameters["mesh"].size * count(parameters["jaxpr"])
+    if name == "shard_map":  # what each device does; where an axis of the mesh shares nothing out, all do the same
+        sharing = {axis for spec in parameters["out_specs"] for part in spec for axis in _names(part)}
+        return math.prod(parameters["mesh"].shape[axis] for axis in sharing) * count(parameters["jaxpr"])
     if name == "pallas_call":
         if parameters["cost_estimate"] is not None:
             return float(parameters["cost_estimate"].flops)
@@ -41,6 +42,10 @@ def _of(equation: Any) -> float:
         if inner in parameters:
             return count(parameters[inner])
     return 0.0
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return () if part is None else part if isinstance(part, tuple) else (part,)
 
 
 def _branch(parameters: Any) -> float:
