@@ -4,6 +4,7 @@
 The frozen weights are the base model's and are not kept: a checkpoint is about 0.9 GB for Stable Diffusion, not 4.
 """
 
+import shutil
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from tav_jax import processes, seals
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.training import Learner
 from tav_jax.weights import flat
+
+# An old checkpoint is moved here before its files go one by one: what a kill leaves of it bears no checkpoint's name.
+BIN = ".removed"
 
 
 def _tree(learner: Learner) -> dict[str, Any]:
@@ -46,6 +50,7 @@ class Checkpoints:
         checkpoints are set aside and unfinished ones removed; `complaints` says what was found."""
         self.directory = directory
         self.begun: int | None = None  # the step whose files may still be on their way
+        self._tidy = tidy
         self._found, self.complaints = processes.from_first("looking at the checkpoints", lambda: self._examine(tidy))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_newest,
@@ -53,11 +58,13 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             cleanup_tmp_directories=tidy,
+            todelete_subdir=BIN,
         )
         self.manager = ocp.CheckpointManager(directory, options=options, item_names=("learner", "about"))
 
     def _examine(self, tidy: bool) -> list[Any]:
         """The newest checkpoint that is whole, and what is to be said of the others."""
+        self._empty_bin()
         found = seals.examine(self.directory)
         return [found.newest, [self._complaint(damage, found.newest, tidy) for damage in found.damaged]]
 
@@ -98,6 +105,12 @@ class Checkpoints:
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise self._not_written(self.begun, error) from error
+        self._empty_bin()
+
+    def _empty_bin(self) -> None:
+        # In a bucket Orbax removes at once: nothing can be moved there.
+        if self._tidy and jax.process_index() == 0 and "://" not in str(self.directory):
+            shutil.rmtree(self.directory / BIN, ignore_errors=True)
 
     def _not_written(self, step: int | None, error: Exception) -> InputError:
         if self.begun is not None and self.begun not in self.manager.all_steps(read=True):
@@ -148,6 +161,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+        self._empty_bin()
 
 
 def _reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import pytest
 from conftest import REFERENCE
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import Clip, TuneAVideo, environment, finite, lock, run, seals, training, weights
+from tav_jax import Clip, TuneAVideo, checkpoint, environment, finite, lock, run, seals, training, weights
 from tav_jax import config as configs
 from tav_jax.errors import InputError, NotFiniteError, StoppedError, WeightsError
 from tav_jax.run import Run
@@ -138,6 +138,19 @@ def test_scratch_files_of_dead_processes_go_and_those_of_the_living_stay(tmp_pat
     os.utime(old, (1, 1))
     folder.sweep()
     assert {x for x in tmp_path.rglob("*") if x.is_file()} == set(stay)
+
+
+def test_an_old_checkpoint_loses_its_name_before_its_first_file(settings, tmp_path, monkeypatch):
+    """A kill while one is removed left half of it under its final name, for good."""
+    folder, taken = tmp_path / "checkpoints", []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **options: taken.append(sorted(path.glob("*"))))
+    train(tmp_path, settings(train__keep_newest=1))
+    assert [x.name for x in folder.iterdir() if x.name.isdecimal()] == ["6"]
+    assert {x.name for x in (folder / checkpoint.BIN).iterdir()} == {"2", "4"}  # what a kill at this moment leaves
+    monkeypatch.undo()
+    assert any(taken)
+    train(tmp_path, settings(train__keep_newest=1, train__steps=7))
+    assert not (folder / checkpoint.BIN).exists()
 
 
 def test_a_clips_own_scratch_file_is_known_by_its_name(tmp_path, monkeypatch):
