@@ -489,12 +489,13 @@ def weights_of(root) -> tuple[list, list]:
 
 
 @with_libtpu
-def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gathered(small, tmp_path):
-    done = tav_plan(small, tmp_path, "--topology=v5e:2x4", "--json", "--function=invert")
+@pytest.mark.parametrize("name", ["invert", "sample"])
+def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gathered(small, tmp_path, name):
+    done = tav_plan(small, tmp_path, "--topology=v5e:2x4", "--json", f"--function={name}")
     assert done.code == 0, done.err
-    invert = json.loads(done.out)["functions"]["invert"]
-    told = {kind: one["times"] for kind, one in invert["collectives"].items()}
-    transformers, steps = 4, invert["steps"]
+    walk = json.loads(done.out)["functions"][name]
+    told = {kind: one["times"] for kind, one in walk["collectives"].items()}
+    transformers, steps = 4, walk["steps"]
     assert steps == 5
     # Frames are exchanged for positions before temporal attention, and back after it.
     assert told.pop("all-to-all") == 2 * transformers * steps
@@ -502,7 +503,7 @@ def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gat
     assert told.pop("collective-permute") <= 2 * transformers * steps
     # The result, once, after the last step: a tiny part of what one block's keys would be.
     assert told.pop("all-gather", 1) == 1
-    assert invert["collectives"].get("all-gather", {"bytes": 0})["bytes"] <= 8 * 8 * 8 * 4 * 4
+    assert walk["collectives"].get("all-gather", {"bytes": 0})["bytes"] <= 8 * 8 * 8 * 4 * 4
     # Frame 0 for all, and the statistics of group norms: two each for every resnet's two norms and the last.
     assert set(told) == {"all-reduce"}
 
