@@ -2,10 +2,11 @@
 
     python benchmarks/scaling.py > benchmarks/scaling.md      # and benchmarks/scaling.svg
 
-From the programs that were compiled (benchmarks/plans, see tpu_plan.py). What a chip does and holds is a constant, the
-weights, and a part for each of its frames; the line through the compiled points gives both. Between the chips: the
-exchange before and after temporal attention goes with a chip's frames, what the neighbour and frame 0 send and the
-statistics of group norms do not.
+From the programs that were compiled (benchmarks/plans, see tpu_plan.py). What a chip computes and holds is a constant
+and a part for each of its frames; the line through the compiled points gives both. HBM sees less than in proportion of
+few frames, since VMEM has room for them: a power of the frames, and never less than the arguments. Between the chips:
+the exchange before and after temporal attention goes with a chip's frames, what the neighbour and frame 0 send and the
+statistics of group norms do not; and each of these messages takes a microsecond a hop, along both axes of the torus.
 
 A step takes at least its longest part, if the others hide behind it, and at most their sum. A mesh stops paying where
 it has a chip for each frame, or where twice the chips make the sum less than a quarter shorter.
@@ -24,7 +25,7 @@ from tav_jax.plan import chips
 HERE = Path(__file__).parent
 FRAMES, CHIPS = (8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#444444")
-PAYS = 0.75
+PAYS, HOP = 0.75, 1e-6
 
 
 class Line(NamedTuple):
@@ -35,6 +36,19 @@ class Line(NamedTuple):
         return self.constant + self.each * frames
 
 
+class Power(NamedTuple):
+    """Grows as a power of a chip's frames, and in proportion after the most that were compiled."""
+
+    one: float  # of a single frame
+    exponent: float
+    least: float
+    most: float  # frames
+
+    def __call__(self, frames: float) -> float:
+        beyond = max(frames / self.most, 1.0)
+        return max(self.one * min(frames, self.most) ** self.exponent * beyond, self.least)
+
+
 class Step(NamedTuple):
     peak: float
     flops: float
@@ -42,15 +56,16 @@ class Step(NamedTuple):
     sent: float  # bytes
     compute: float
     memory: float
-    wire: float  # seconds
+    wire: float
+    hops: float  # seconds
 
     @property
     def least(self) -> float:
-        return max(self.compute, self.memory, self.wire)
+        return max(self.compute, self.memory, self.wire + self.hops)
 
     @property
     def most(self) -> float:
-        return self.compute + self.memory + self.wire
+        return self.compute + self.memory + self.wire + self.hops
 
 
 def compiled() -> list[dict]:
@@ -58,23 +73,35 @@ def compiled() -> list[dict]:
     return [{**one, **one["functions"]["tune"]} for one in told]
 
 
+def at(points: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The compiled programs' values by the number of a chip's frames."""
+    frames = [math.ceil(p["frames"] / p["chips"]) for p in points]
+    return np.array(frames, float), np.array([p[name] for p in points], float)
+
+
 def line(points: list[dict], name: str) -> Line:
-    """By least squares, of what a chip has by the number of its frames."""
-    at = np.array([math.ceil(p["frames"] / p["chips"]) for p in points], float)
-    values = np.array([p[name] for p in points], float)
-    each, constant = np.polyfit(at, values, 1)
-    return Line(max(float(constant), 0.0), float(each))
+    """By least squares."""
+    each, constant = np.polyfit(*at(points, name), 1)
+    return Line(float(constant), float(each))
+
+
+def power(points: list[dict], name: str, least: float) -> Power:
+    frames, values = at(points, name)
+    exponent, one = np.polyfit(np.log(frames), np.log(values), 1)
+    return Power(math.exp(one), float(exponent), least, max(frames))
 
 
 class Model:
     def __init__(self, points: list[dict]):
         self.chip = chips.CHIPS["v5e"]
-        self.peak, self.flops, self.moved = (line(points, f"{name}") for name in ("peak_bytes", "flops", "moved_bytes"))
+        self.peak, self.flops = line(points, "peak_bytes"), line(points, "flops")
+        self.moved = power(points, "moved_bytes", points[0]["argument_bytes"])
         one = next(p for p in points if p["chips"] == 8)
         told, mine = one["collectives"], math.ceil(one["frames"] / one["chips"])
         self.exchanged = told["all-to-all"]["bytes"] / mine
         self.neighbour = told["collective-permute"]["bytes"]
         self.summed = told["all-reduce"]["bytes"]
+        self.messages = sum(kind["times"] for kind in told.values())
 
     def step(self, frames: int, count: int) -> Step:
         mine = math.ceil(frames / min(count, frames))
@@ -83,7 +110,9 @@ class Model:
         flops, moved = self.flops(mine), self.moved(mine)
         chip = self.chip
         seconds = (flops / chip.flops, moved / chip.bandwidth, sent / chip.wire)
-        return Step(self.peak(mine), flops, moved, sent, *seconds)
+        across = 2 ** math.ceil(math.log2(count) / 2)  # the torus, as square as it can be
+        hops = self.messages * HOP * (across + count // across) if count > 1 else 0.0
+        return Step(self.peak(mine), flops, moved, sent, *seconds, hops)
 
     def stops(self, frames: int) -> int:
         """The last number of chips that still pays."""
