@@ -6,6 +6,7 @@ the 1×3×3 kernel of the video network. Group norms take their statistics over 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,15 +22,15 @@ class Conv(nnx.Conv):
     """Of a clip `[B, F, H, W, C]`, each device of a mesh takes its frames: a convolution has one batch axis only, and
     to make one of two that are spread the compiler would gather the clip."""
 
-    def __call__(self, x: Float[Array, "*b h w cin"]) -> Float[Array, "*b h2 w2 cout"]:
-        if x.ndim < 5:
-            return super().__call__(x)
+    def __call__(self, inputs: Float[Array, "*b h w cin"], *rest: Any, **options: Any) -> Float[Array, "*b h2 w2 cout"]:
+        if inputs.ndim < 5:
+            return super().__call__(inputs, *rest, **options)
         graph, weights = nnx.split(self)
 
         def convolve(x, weights):
-            return nnx.Conv.__call__(nnx.merge(graph, weights), x)
+            return nnx.Conv.__call__(nnx.merge(graph, weights), x, *rest, **options)
 
-        return on_each_device(convolve, x, weights, specs=(CLIP, EVERYWHERE))
+        return on_each_device(convolve, inputs, weights, specs=(CLIP, EVERYWHERE))
 
 
 def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Padding | None = None, dtype, rngs) -> Conv:
