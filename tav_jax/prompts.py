@@ -1,6 +1,7 @@
 """Prompts: words to token ids, and to file names."""
 
 import hashlib
+import os
 import re
 import unicodedata
 import warnings
@@ -27,6 +28,7 @@ class PromptCut(UserWarning):
 
 def load_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer, with this pipeline's vocabulary and padding (Stable Diffusion 2 pads with "!")."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: nothing here needs it
     from transformers import CLIPTokenizer  # takes a second to import
 
     try:

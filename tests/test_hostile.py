@@ -418,6 +418,8 @@ def test_a_rate_that_nobody_plays(tmp_path):
 
 @pytest.mark.parametrize(("target", "count"), [("video", 60), ("weights", 24)])
 def test_damaged_files_are_read_or_refused(target, count):
+    if target == "weights":
+        pytest.importorskip("torch")  # writes the pickles among them
     told = fuzz(target, seconds=600, count=count, first=10**6)
     assert told["findings"] == {}
     assert told["tried"] == count

@@ -22,8 +22,8 @@ def attend(
     q: Float[Array, "*batch T N D"],
     k: Float[Array, "*batch S N D"],
     v: Float[Array, "*batch S N D"],
-    *,
     seen: Bool[Array, "S"] | None = None,
+    *,
     fast: bool = False,
 ) -> Float[Array, "*batch T N D"]:
     """Full attention over the keys (over those that are `seen`, if given); every leading axis is a batch.

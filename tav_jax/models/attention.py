@@ -60,13 +60,9 @@ class Attention(nnx.Module):
         x = pin(jnp.swapaxes(pin(x, CLIP), 1, 2), CLIP)  # [B, T, F, C]
         seen = () if real is None else (real,)
         qkv = self.project(x, x)  # [B, T, F, N, D]
-        x = on_each_device(_among, *qkv, *seen, specs=(CLIP, CLIP, CLIP, *(EVERYWHERE for _ in seen)))
+        x = on_each_device(attend, *qkv, *seen, specs=(CLIP, CLIP, CLIP, EVERYWHERE)[: 3 + len(seen)])
         x = pin(self.join(x), CLIP)
         return pin(jnp.swapaxes(x, 1, 2), CLIP)  # [B, F, T, C]
-
-
-def _among(q, k, v, seen=None):
-    return attend(q, k, v, seen=seen)
 
 
 class FeedForward(nnx.Module):

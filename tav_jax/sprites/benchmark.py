@@ -172,13 +172,12 @@ class Figure(NamedTuple):
 
 def figure(told: list[dict[str, Any]], measure: str, kinds: Sequence[str] = KINDS) -> Figure:
     """Over the edits of these kinds of all cells."""
-    values = {i: float(np.mean([cell["edits"][kind][measure] for kind in kinds])) for i, cell in enumerate(told)}
     by_seed = defaultdict(list)
-    for i, cell in enumerate(told):
-        by_seed[cell["seed"]].append(values[i])
-    means = [np.mean(some) for some in by_seed.values()]
+    for cell in told:
+        by_seed[cell["seed"]].append(np.mean([cell["edits"][kind][measure] for kind in kinds]))
+    means = [np.mean(values) for values in by_seed.values()]
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-    return Figure(float(np.mean(list(values.values()))), spread, len(told))
+    return Figure(float(np.mean(np.concatenate([*by_seed.values()]))), spread, len(told))
 
 
 def gathered(folder: Path) -> dict[str, list[dict[str, Any]]]:
