@@ -89,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--out", help="folder for the videos (default: WORKDIR/edits)")
     edit.add_argument("--negative-prompt", help="what to keep away from (default: the config's)")
     edit.add_argument("--guidance", type=float, help="how strongly to follow the prompt (default: the config's, 12.5)")
+    edit.add_argument(
+        "--strength", type=float, help="the share of the steps that it leads: less keeps more of the clip (default: 1)"
+    )
     edit.add_argument("--steps", type=int, help="sampling steps (default: the config's, 50)")
     edit.add_argument("--inversion-steps", type=int, help="inversion steps (default: the config's, 50)")
     edit.add_argument("--no-inversion", action="store_true", help="start from noise instead of the inverted clip")
@@ -225,7 +228,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from tav_jax import config
     from tav_jax.edit import edit
 
-    for name in ("negative_prompt", "guidance", "steps", "inversion_steps"):
+    for name in ("negative_prompt", "guidance", "strength", "steps", "inversion_steps"):
         if (value := getattr(arguments, name)) is not None:
             job.config.edit[name] = value
     job.config = config.validate(job.config)

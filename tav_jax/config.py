@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
                 "negative_prompt": "",
                 "steps": 50,
                 "guidance": 12.5,
+                "strength": 1.0,  # the share of the steps that the prompt leads; less keeps more of the clip
                 "inversion_steps": 50,
             },
             "log": {
@@ -98,6 +99,7 @@ RANGES = {
     "edit.steps": (1, 999),
     "edit.inversion_steps": (1, 999),
     "edit.guidance": (0.0, 1000.0),
+    "edit.strength": (0.01, 1.0),
     "log.profile_step": (0, 10_000_000),
     "log.profile_steps": (1, 1000),
     "mesh.data": (0, 65536),

@@ -35,6 +35,8 @@ def edit(
     if not texts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
     asked = {"prompts": list(texts), "out": out, "inversion": inversion, "seeds": list(seeds), "suffix": suffix}
+    if not inversion and e.strength < 1:
+        raise InputError(f"strength is {e.strength:g}, but with --no-inversion there is no clip to keep; leave one out")
     processes.same({**asked, "force": force, **{f"edit.{name}": value for name, value in e.items()}})
     targets = _targets(texts, seeds if not inversion else (None,), suffix)
     folder = Workdir(out) if out else run.workdir
@@ -93,6 +95,7 @@ def sample_in_batches(tav: TuneAVideo, texts: Sequence[str], start: Any, e: Any)
                 latents=start,
                 steps=e.steps,
                 guidance=e.guidance,
+                strength=e.strength,
                 negative_prompt=e.negative_prompt,
                 progress=counter(bar),
             )[: len(batch)]

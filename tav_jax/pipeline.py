@@ -378,6 +378,7 @@ class TuneAVideo:
         latents: Float[Given, "n F h w c"] | None = None,
         steps: int = 50,
         guidance: float = 12.5,
+        strength: float = 1.0,
         negative_prompt: str = "",
         seed: int = 0,
         frames: int | None = None,
@@ -391,22 +392,36 @@ class TuneAVideo:
         Starts from `latents`, usually the inverted clip, for all prompts the same or one for each; or else from noise
         drawn from `seed` for `frames` frames of `size` (height, width). With `guidance` at 1 or below only the
         conditional half is computed. `progress` as for `invert`.
+
+        With a `strength` below 1 more of the clip is kept: its first, noisiest steps go back the way the inversion came,
+        without a word, and only that share of the steps which is left is led by the prompt. Where things are is settled
+        in the first steps, what they are in the later ones.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
+        if not 0 < strength <= 1:
+            raise InputError(f"strength is {strength}; give a share of the steps, above 0 and up to 1")
+        if strength < 1 and latents is None:
+            raise InputError(
+                f"strength is {strength}, but there is no clip to keep; give its inversion as latents, or 1"
+            )
         ladder = self.schedule.sampling(steps)
+        wordless = steps - max(1, round(strength * steps))
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:
             latents = self._checked_latents(latents, starts=len(texts))
-        if len(latents) < len(texts):
-            latents = jnp.repeat(latents, len(texts), axis=0)  # [P, F, h, w, 4]
         use_guidance = guidance > 1
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
+        scale = guidance if use_guidance else None
         with shown(progress, steps, "sampling") as report:
-            strength = guidance if use_guidance else None
-            last, trajectory = self._walk("sampling", latents, text, ladder, strength, return_trajectory, report)
+            latents, path = self._back(latents, ladder.part(0, wordless), return_trajectory, report)
+            if len(latents) < len(texts):
+                latents, path = jnp.repeat(latents, len(texts), axis=0), jnp.repeat(path, len(texts), axis=1)
+            way, on = ladder.part(wordless, steps), report and (lambda done: report(wordless + done))
+            last, led = self._walk("sampling", latents, text, way, scale, return_trajectory, on)
+        trajectory = None if led is None else jnp.concatenate([path, led])
         finite.check_walk("sampling", last, self.dtype.name)
         edits = []
         for i, text_of in enumerate(texts):
@@ -425,6 +440,14 @@ class TuneAVideo:
                 )
             )
         return edits[0] if isinstance(prompt, str) else edits
+
+    def _back(self, latents, ladder: Ladder, trajectory: bool, progress):
+        """The first steps of sampling without a word; none for a ladder without any."""
+        if not len(ladder.timesteps):
+            return latents, jnp.zeros((0, *latents.shape))
+        silence = self.encode_text([""] * len(latents))
+        last, path = self._walk("sampling", latents, silence, ladder, None, trajectory, progress)
+        return last, jnp.zeros((0, *latents.shape)) if path is None else path
 
     def _walk(self, doing: str, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
         """In one program; where somebody wants to see it go on, in several runs of a shorter one."""

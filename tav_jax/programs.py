@@ -99,4 +99,4 @@ def in_pieces(ladder: Ladder, longest: int = 5) -> Iterator[Ladder]:
     steps = len(ladder.timesteps)
     size = max(n for n in range(1, longest + 1) if steps % n == 0)
     for first in range(0, steps, size):
-        yield Ladder(*(column[first : first + size] for column in ladder))
+        yield ladder.part(first, first + size)

@@ -270,7 +270,12 @@ class Run:
             noise = tav.invert(latents, steps=e.inversion_steps)
             for prompt, file in zip(e.prompts, self.preview_files(step), strict=True):
                 edit = tav.sample(
-                    prompt, latents=noise, steps=e.steps, guidance=e.guidance, negative_prompt=e.negative_prompt
+                    prompt,
+                    latents=noise,
+                    steps=e.steps,
+                    guidance=e.guidance,
+                    strength=e.strength,
+                    negative_prompt=e.negative_prompt,
                 )
                 publish_video(self.workdir, edit, file)
                 log.preview(step, Path(file).stem, edit.frames)

@@ -84,6 +84,46 @@ def test_guidance_of_one_is_the_conditional_half(sd1):
     np.testing.assert_allclose(plain.latents, nearly.latents, atol=1e-3)
 
 
+def test_strength_is_the_share_of_the_steps_that_the_prompt_leads(sd1):
+    """Three of five steps without a word, then two guided ones, step by step from the formula."""
+    tav, text = sd1.tav, sd1.tav.encode_text(["", "red", "blue"])
+    noise = tav.invert(sd1.latents, steps=5)
+    edits = tav.sample(["red", "blue"], latents=noise, steps=5, guidance=3.0, strength=0.4, return_trajectory=True)
+    back = tav.sample("", latents=noise, steps=5, guidance=1.0, return_trajectory=True).trajectory[:3]
+    ladder = tav.schedule.sampling(5)
+    for edit, words in zip(edits, (text[1:2], text[2:3]), strict=True):
+        np.testing.assert_allclose(edit.trajectory[:3], back, rtol=1e-5, atol=1e-5)
+        x = np.asarray(back[-1], np.float64)
+        for t, start, end in list(zip(*ladder, strict=True))[3:]:
+            without, towards = (np.asarray(tav.unet(x, np.array([t]), w), np.float64) for w in (text[:1], words))
+            e = without + 3.0 * (towards - without)
+            x = np.sqrt(end) * (x - np.sqrt(1 - start) * e) / np.sqrt(start) + np.sqrt(1 - end) * e
+        np.testing.assert_allclose(edit.latents, x, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(edit.latents, edit.trajectory[-1])
+
+
+def test_the_steps_without_words_are_the_program_of_the_inversion(sd1):
+    tav = sd1.tav
+    seen: list[int] = []
+    noise = tav.invert(sd1.latents, steps=10, progress=seen.append)
+    tav.sample("red", latents=noise, steps=10, guidance=3.0, progress=seen.append)
+    compiled = programs.walk_latents._cache_size()
+    tav.sample("blue", latents=noise, steps=10, guidance=3.0, strength=0.5, progress=seen.append)
+    assert programs.walk_latents._cache_size() == compiled
+    assert seen == [5, 10] * 3
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, float("nan")])
+def test_a_strength_that_is_no_share_is_refused(sd1, strength):
+    with pytest.raises(InputError, match=f"strength is {strength}; give a share of the steps, above 0 and up to 1"):
+        sd1.tav.sample("red", latents=sd1.latents, steps=2, strength=strength)
+
+
+def test_without_a_clip_there_is_nothing_to_keep(sd1):
+    with pytest.raises(InputError, match=r"strength is 0.5, but there is no clip to keep; give its inversion"):
+        sd1.tav.sample("red", frames=2, size=(32, 32), steps=2, strength=0.5)
+
+
 def test_noise_starts_are_reproducible(sd1):
     tav = sd1.load()
     options = {"steps": 2, "frames": 3, "size": (32, 40), "guidance": 1.0}

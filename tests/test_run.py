@@ -224,6 +224,21 @@ def test_batches_give_what_single_prompts_give(whole, monkeypatch):
         assert np.abs(a.frames.astype(int) - b.frames.astype(int)).max() <= 1
 
 
+def test_the_configs_strength_is_the_edits(whole):
+    job = Run.open(whole)
+    tav, e = job.restore(), job.config.edit
+    noise = tav.noise(0, 3, (32, 32))
+    e.strength = 0.5
+    [made] = edit.sample_in_batches(tav, ["red"], noise, e)
+    wanted = tav.sample("red", latents=noise, steps=e.steps, guidance=e.guidance, strength=0.5)
+    assert np.array_equal(made.frames, wanted.frames)
+    assert not np.array_equal(
+        made.latents, tav.sample("red", latents=noise, steps=e.steps, guidance=e.guidance).latents
+    )
+    with pytest.raises(InputError, match=r"strength is 0\.5, but with --no-inversion there is no clip to keep"):
+        edit.edit(job, ["red"], inversion=False)
+
+
 def test_noise_starts_and_other_folders(whole, tmp_path):
     paths = edit.edit(Run.open(whole), ["red"], out=str(tmp_path / "out"), inversion=False, seeds=(1, 2), suffix=".gif")
     assert sorted(path.rsplit("/", 1)[1] for path in paths) == [

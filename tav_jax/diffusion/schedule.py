@@ -29,6 +29,10 @@ class Ladder(NamedTuple):
     start: Float[np.ndarray, "steps"]
     end: Float[np.ndarray, "steps"]
 
+    def part(self, first: int, last: int) -> "Ladder":
+        """The rows from one to before another."""
+        return Ladder(*(column[first:last] for column in self))
+
 
 def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
     """float32, with torch's rounding: the tables are Diffusers' to the last bit."""
