@@ -393,9 +393,9 @@ class TuneAVideo:
         drawn from `seed` for `frames` frames of `size` (height, width). With `guidance` at 1 or below only the
         conditional half is computed. `progress` as for `invert`.
 
-        With a `strength` below 1 more of the clip is kept: its first, noisiest steps go back the way the inversion came,
-        without a word, and only that share of the steps which is left is led by the prompt. Where things are is settled
-        in the first steps, what they are in the later ones.
+        `strength` is the share of the steps that the prompt leads. Below 1 more of the clip is kept: the noisiest
+        steps go back the way the inversion came, without a word. Where things are is settled in the first steps, what
+        they are in the later ones.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
