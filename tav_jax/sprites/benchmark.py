@@ -27,6 +27,7 @@ from tav_jax.sprites.world import SIDE, Scene, SpriteClip, scenes
 FIRST_CLIP = 1000  # the clips that nothing was tried out on begin here
 CLIPS, FEW, SEEDS = 16, 4, 3
 TOGETHER = 32  # stills that are sampled as one batch
+STILLS_GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Row:
     spatial_attention: str = "sparse-causal"
     temporal_attention: bool = True
     places: tuple[str, ...] = ()
+    strength: float | None = None  # None: the settings'
 
 
 ROWS = (
     Row("full", "the full method", clips=CLIPS),
+    Row("led-throughout", "led by the prompt throughout: strength 1", strength=1.0),
     Row("no-tuning", "no tuning", tuning=False),
-    Row("no-inversion", "no inversion: from noise", inversion=False),
+    Row("no-inversion", "no inversion: from noise", inversion=False, strength=1.0),
     Row("first-frame", "attention to the first frame only", spatial_attention="first-frame"),
     Row("per-frame", "attention within each frame only", spatial_attention="per-frame"),
     Row("no-temporal", "no temporal attention", temporal_attention=False),
@@ -96,7 +99,8 @@ def compute(cell: Cell, settings: Settings) -> dict[str, Any]:
         start = tav.noise(cell.seed, s.frames, source.frames.shape[1:3])
     wanted = edits_of(source, FIRST_CLIP + cell.clip)
     texts = [edit.scene.caption for edit in wanted.values()]
-    edits = tav.sample(texts, latents=start, steps=s.sampling_steps, guidance=s.guidance)
+    strength = s.strength if row.strength is None else row.strength
+    edits = tav.sample(texts, latents=start, steps=s.sampling_steps, guidance=s.guidance, strength=strength)
     verdicts = {kind: judge(edit.frames, wanted[kind]) for kind, edit in zip(wanted, edits, strict=True)}
     told = {
         "row": row.name,
@@ -135,7 +139,7 @@ def stills(tav: TuneAVideo, chosen: Sequence[Scene], settings: Settings) -> dict
         size = {"frames": 1, "size": (SIDE, SIDE)}
         # A start of its own for each prompt: sampled in one batch, they would all begin with the same noise.
         starts = np.concatenate([tav.noise(first + i, **size) for i in range(len(batch))])
-        drawn = tav.sample(texts, latents=starts, steps=settings.sampling_steps, guidance=settings.guidance)
+        drawn = tav.sample(texts, latents=starts, steps=settings.sampling_steps, guidance=STILLS_GUIDANCE)
         for edit, scene in zip(drawn, batch, strict=True):
             seen = look(edit.frames[0])
             fields = ("colour", "shape", "place", "style")
@@ -211,7 +215,7 @@ def table(folder: Path) -> str:
 def picture(folder: Path) -> str:
     """Accuracy against path error, a dot a cell and a large one a row, as an SVG."""
     wide, high, left, bottom = 720, 420, 60, 46
-    colours = ("#d1495b", "#7d8590", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")
+    colours = ("#d1495b", "#7d8590", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d", "#3d405b")
     told = gathered(folder)
     furthest = max((cell["trajectory_error_px"] for cells in told.values() for cell in cells), default=1.0) * 1.05
 

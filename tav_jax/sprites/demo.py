@@ -144,7 +144,8 @@ def make(story: Story, texts: Sequence[str]) -> None:
     with stage(story, "inverting"):
         noise = tav.invert(clip, steps=s.inversion_steps, progress=look)
     with stage(story, "sampling"):
-        story.edits = tav.sample(texts, latents=noise, steps=s.sampling_steps, guidance=s.guidance, progress=look)
+        options = {"steps": s.sampling_steps, "guidance": s.guidance, "strength": s.strength}
+        story.edits = tav.sample(texts, latents=noise, progress=look, **options)
     with stage(story, "judging"), progress_bar(len(texts), "judging") as bar:
         for edit, wanted in zip(story.edits, story.wanted, strict=True):
             story.verdicts.append(judge(edit.frames, wanted))

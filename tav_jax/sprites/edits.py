@@ -25,7 +25,8 @@ class Settings:
     learning_rate: float = 3e-4
     inversion_steps: int = 50
     sampling_steps: int = 50
-    guidance: float = 3.0
+    guidance: float = 12.5
+    strength: float = 0.6
     seed: int = 0
 
 

@@ -188,5 +188,7 @@ tav.tune(clip, {story.source.scene.caption!r}, steps={s.steps}, learning_rate={s
 noise = tav.invert(clip, steps={s.inversion_steps})
 prompts = [
 {listed}]
-edits = tav.sample(prompts, latents=noise, steps={s.sampling_steps}, guidance={s.guidance})
+edits = tav.sample(
+    prompts, latents=noise, steps={s.sampling_steps}, guidance={s.guidance}, strength={s.strength}
+)
 """
