@@ -22,16 +22,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from tav_jax import finite, kernels, memory, processes, programs, prompts, sharding, training, weights
+from tav_jax import finite, given, kernels, memory, processes, programs, prompts, sharding, training, weights
 from tav_jax.diffusion import Ladder, Schedule
 from tav_jax.errors import InputError
+from tav_jax.given import Frames, Given
 from tav_jax.layout import Layout
 from tav_jax.models.remat import called
 from tav_jax.progress import Progress, progress_bar, shown
 from tav_jax.video import Clip
 
-Given = Array | np.ndarray  # what a caller may hand over
-Frames = Clip | UInt8[np.ndarray, "F H W 3"]
 Advance = Callable[[training.Learner, int], tuple[training.Learner, training.Report]]
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
@@ -148,6 +147,15 @@ class TuneAVideo:
             unet = self.parts.unet
             nnx.update(unet, jax.device_get(nnx.state(unet, training.subset(trainable))))
 
+    @property
+    def _factor(self) -> int:
+        """Pixels to a latent's side."""
+        return self.parts.vae.config.downsampling
+
+    @property
+    def _channels(self) -> int:
+        return self.parts.unet.config.in_channels
+
     # ---------------------------------------------------------------------------------------- text and pictures
 
     @functools.cached_property
@@ -171,7 +179,7 @@ class TuneAVideo:
 
     def posterior(self, frames: Frames) -> tuple[Float[Array, "1 F h w c"], Float[Array, "1 F h w c"]]:
         """Mean and standard deviation of the scaled latents: computed once, sampled from at each training step."""
-        frames = self._checked(frames)
+        frames = given.frames(frames, self._factor)
         if processes.several():
             processes.same({"the clip": hashlib.blake2b(frames.tobytes(), digest_size=8).hexdigest()})
         with self._autoencoding("encoding", *frames.shape[:3]), self._running():
@@ -182,7 +190,7 @@ class TuneAVideo:
 
     def decode_video(self, latents: Float[Given, "n F h w c"]) -> Float[Array, "n F H W 3"]:
         """Pictures in [0, 1] from scaled latents."""
-        factor = self.parts.vae.config.downsampling
+        factor = self._factor
         size = (latents.shape[2] * factor, latents.shape[3] * factor)
         frames = latents.shape[0] * latents.shape[1]
         group = self._group(frames, size)
@@ -284,8 +292,7 @@ class TuneAVideo:
         progress: bool | None = None,
     ) -> Tuned:
         """Learn the clip's motion; leaves the UNet tuned. `progress` shows a bar: by default where somebody looks."""
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps is {steps!r}; it must be a whole number, 1 or more")
+        given.steps(steps)
         learner, advance = self.tuning(
             self.posterior(clip),
             self.encode_text(prompt),
@@ -315,18 +322,9 @@ class TuneAVideo:
         remat: str | bool = "block",
     ) -> Tuned:
         """Training steps on given latents, timesteps and noise; leaves the UNet tuned."""
-        latents, noise = self._checked_latents(latents), jnp.asarray(noise, jnp.float32)
+        latents, noise = given.latents(latents, self._channels), jnp.asarray(noise, jnp.float32)
         times = np.asarray(timesteps, np.int32)
-        if noise.shape != (len(times), *latents.shape[1:]):
-            raise InputError(
-                f"noise is {list(noise.shape)}; for {len(times)} timesteps and these latents it must be "
-                f"{[len(times), *latents.shape[1:]]}"
-            )
-        if len(times) and not 0 <= times.min() <= times.max() < self.schedule.train_steps:
-            raise InputError(
-                f"timesteps go from {times.min()} to {times.max()}; they must be within 0 to "
-                f"{self.schedule.train_steps - 1}"
-            )
+        given.replayed(times, noise, latents, self.schedule.train_steps)
 
         def given_step(graph, learner, frozen, step, rest, options):
             example = training.Example(latents, noise[step][None], jnp.int32(times[step]))
@@ -364,7 +362,7 @@ class TuneAVideo:
         if isinstance(clip, Clip):
             self.source = clip
         given_frames = isinstance(clip, Clip) or np.asarray(clip).dtype == np.uint8
-        latents = self.encode_video(clip) if given_frames else self._checked_latents(clip)  # pyright: ignore
+        latents = self.encode_video(clip) if given_frames else given.latents(clip, self._channels)  # pyright: ignore
         text = self.encode_text(prompt)
         with shown(progress, steps, "inverting") as report:
             last, trajectory = self._walk("inverting", latents, text, ladder, None, return_trajectory, report)
@@ -400,18 +398,13 @@ class TuneAVideo:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
-        if not 0 < strength <= 1:
-            raise InputError(f"strength is {strength}; give a share of the steps, above 0 and up to 1")
-        if strength < 1 and latents is None:
-            raise InputError(
-                f"strength is {strength}, but there is no clip to keep; give its inversion as latents, or 1"
-            )
+        given.strength(strength, of_a_clip=latents is not None)
         ladder = self.schedule.sampling(steps)
         wordless = steps - max(1, round(strength * steps))
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:
-            latents = self._checked_latents(latents, starts=len(texts))
+            latents = given.latents(latents, self._channels, starts=len(texts))
         use_guidance = guidance > 1
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
         scale = guidance if use_guidance else None
@@ -483,14 +476,14 @@ class TuneAVideo:
     def _work(self, doing: str, latents: Any, *, trained: int = 0, remat: bool = True, rows: int = 0) -> memory.Work:
         """Tuning of so many parameters, or a walk with so many rows of text, as something that must fit."""
         _, frames, height, width, _ = latents.shape
-        factor, config = self.parts.vae.config.downsampling, self.parts.unet.config
+        factor, config = self._factor, self.parts.unet.config
         weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(self.parts.unet)))
         over = self.mesh.shape if self.mesh else {"data": 1, "frames": 1}
 
         def count(shape: memory.Shape, devices: int, remat: bool = remat) -> int:
             mine, h, w = -(-shape.frames // devices), -(-shape.height // factor), -(-shape.width // factor)
-            given = {"frozen": weights - 4 * trained, "trained": trained, "itemsize": self.dtype.itemsize}
-            needed = memory.need(config, mine, h, w, remat=remat, **given)
+            held = {"frozen": weights - 4 * trained, "trained": trained, "itemsize": self.dtype.itemsize}
+            needed = memory.need(config, mine, h, w, remat=remat, **held)
             return needed.weights + needed.sampling * -(-rows // over["data"]) // 2 if rows else needed.tuning
 
         shape = memory.Shape(frames, height * factor, width * factor)
@@ -511,38 +504,6 @@ class TuneAVideo:
     def _group(self, frames: int, size: tuple[int, int]) -> int:
         return programs.group_of(frames, *size, self.mesh)
 
-    def check_size(self, height: int, width: int) -> None:
-        factor = self.parts.vae.config.downsampling
-        for name, value in (("height", height), ("width", width)):
-            if value < factor or value % factor:
-                below = value // factor * factor
-                mend = f"{below} or {below + factor}" if below else f"{factor}"
-                raise InputError(f"{name} {value} is not a multiple of {factor}; use {mend}")
-
-    def _checked(self, frames: Clip | np.ndarray) -> UInt8[np.ndarray, "F H W 3"]:
-        frames = np.asarray(frames.frames if isinstance(frames, Clip) else frames)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise InputError(
-                f"the frames are {frames.dtype} {list(frames.shape)}; expected uint8 [frames, height, width, 3]"
-            )
-        if not len(frames):
-            raise InputError("the clip has 0 frames; at least 1 is needed")
-        self.check_size(*frames.shape[1:3])
-        return frames
-
-    def _checked_latents(self, latents, *, starts: int = 1) -> Float[Array, "n F h w c"]:
-        """Those of one clip or, where there are several prompts, one start for each of them."""
-        latents = jnp.asarray(latents, jnp.float32)
-        channels = self.parts.unet.config.in_channels
-        fits = latents.ndim == 5 and latents.shape[0] in (1, starts) and latents.shape[-1] == channels
-        if not fits or 0 in latents.shape:
-            first = "1" if starts == 1 else f"1 or {starts}"
-            raise InputError(
-                f"the latents are {list(latents.shape)}; expected [{first}, frames, height, width, {channels}], all "
-                "above 0"
-            )
-        return latents
-
     def noise(self, seed: int, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
         """A start without an inversion; frames and size (height, width) are by default the source's."""
         if self.source is not None:
@@ -552,7 +513,6 @@ class TuneAVideo:
             raise InputError("without latents, frames= and size=(height, width) say what to sample; give both")
         if frames < 1:
             raise InputError(f"frames is {frames}; at least 1 is needed")
-        self.check_size(*size)
-        factor, channels = self.parts.vae.config.downsampling, self.parts.unet.config.in_channels
-        shape = (1, frames, size[0] // factor, size[1] // factor, channels)
+        given.size(*size, self._factor)
+        shape = (1, frames, size[0] // self._factor, size[1] // self._factor, self._channels)
         return jax.random.normal(jax.random.key(seed), shape)

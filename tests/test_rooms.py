@@ -26,8 +26,9 @@ ALLOWED = {
     "weights": {"jax", "flax", "safetensors", "memory", "models", "layout", "tensors", "errors"},
     "training": {"jax", "flax", "optax", "models", "diffusion", "sharding", "errors"},
     "programs": {"jax", "models", "diffusion", "sharding"},
+    "given": {"jax", "video", "errors"},
     "pipeline": {
-        *("jax", "flax", "errors", "video", "models", "diffusion", "sharding", "training"),
+        *("given", "jax", "flax", "errors", "video", "models", "diffusion", "sharding", "training"),
         *("finite", "kernels", "layout", "memory", "weights", "processes", "prompts", "programs", "progress", "run"),
     },
     "progress": {"processes", "tqdm"},
