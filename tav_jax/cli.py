@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--negative-prompt", help="what to keep away from (default: the config's)")
     edit.add_argument("--guidance", type=float, help="how strongly to follow the prompt (default: the config's, 12.5)")
     edit.add_argument(
-        "--strength", type=float, help="the share of the steps that it leads: less keeps more of the clip (default: 1)"
+        "--strength",
+        type=float,
+        help="the share of the steps that the prompt leads: less keeps more of the clip (default: the config's, 1)",
     )
     edit.add_argument("--steps", type=int, help="sampling steps (default: the config's, 50)")
     edit.add_argument("--inversion-steps", type=int, help="inversion steps (default: the config's, 50)")

@@ -36,7 +36,7 @@ def edit(
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
     asked = {"prompts": list(texts), "out": out, "inversion": inversion, "seeds": list(seeds), "suffix": suffix}
     if not inversion and e.strength < 1:
-        raise InputError(f"strength is {e.strength:g}, but with --no-inversion there is no clip to keep; leave one out")
+        raise InputError(f"strength is {e.strength:g}, but --no-inversion leaves no clip to keep; add --strength=1")
     processes.same({**asked, "force": force, **{f"edit.{name}": value for name, value in e.items()}})
     targets = _targets(texts, seeds if not inversion else (None,), suffix)
     folder = Workdir(out) if out else run.workdir
@@ -82,9 +82,8 @@ def _targets(texts: Sequence[str], seeds: Sequence[int | None], suffix: str) -> 
 
 def sample_in_batches(tav: TuneAVideo, texts: Sequence[str], start: Any, e: Any) -> list[Edit]:
     """All prompts, as many at once as memory allows; the last batch is filled up, so that one program does for all."""
-    _, frames, height, width, _ = start.shape
-    need = memory.need(tav.parts.unet.config, frames, height, width, frozen=0, trained=0, itemsize=tav.dtype.itemsize)
-    size = min(processes.everyones("sharing out the prompts", memory.prompts_at_once(len(texts), need.sampling)))
+    fitting = memory.prompts_at_once(len(texts), tav.prompt_bytes(start))
+    size = min(processes.everyones("sharing out the prompts", fitting))
     edits: list[Edit] = []
     with progress_bar(-(-len(texts) // size) * e.steps, "sampling") as bar:
         for begin in range(0, len(texts), size):

@@ -52,8 +52,8 @@ def steps(count: int) -> None:
 
 def strength(share: float, *, of_a_clip: bool) -> None:
     """The share of the steps that a prompt leads; the others need a clip to go back to."""
-    if not 0 < share <= 1:
-        raise InputError(f"strength is {share}; give a share of the steps, above 0 and up to 1")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise InputError(f"strength is {share!r}; give a share of the steps, above 0 and up to 1")
     if share < 1 and not of_a_clip:
         raise InputError(f"strength is {share}, but there is no clip to keep; give its inversion as latents, or 1")
 

@@ -77,6 +77,7 @@ class TuneAVideo:
         dtype: str = "bfloat16",
         mesh: tuple[int, int] | None = None,
         frames: int = sharding.USUAL_FRAMES,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         spatial_attention: str = "sparse-causal",
         temporal_attention: bool = True,
@@ -88,7 +89,8 @@ class TuneAVideo:
         A 2D UNet is inflated, its new temporal layers drawn from `seed`; one that was tuned already, by this or the
         official code, is taken as it is. `dtype` is that of the frozen weights and of the arithmetic; weights that can
         be tuned, those of `trainable`, stay in float32. `mesh` is (data, frames), on the first devices; by default all
-        devices are used, shared out as suits a clip of `frames` frames. `kernel` computes the spatial attention: by
+        devices are used, shared out as suits a clip of `frames` frames. A `size` (height, width) that the model cannot
+        take is refused before its weights are read. `kernel` computes the spatial attention: by
         default the best for these devices, see `tav_jax.kernels`. Where there are several processes, all of them must
         call it, and then everything else, in the same order.
         """
@@ -109,6 +111,8 @@ class TuneAVideo:
         layout = Layout.open(
             source, spatial_attention=spatial_attention, temporal_attention=bool(temporal_attention), kernel=chosen
         )
+        if size:
+            given.size(*size, layout.vae.downsampling)
         Schedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
         parts = weights.Pipeline.load(layout, DTYPES[dtype], exact=training.subset(trainable), seed=seed)
         processes.same({f"the fingerprint of {source}": parts.fingerprint})
@@ -122,6 +126,7 @@ class TuneAVideo:
             config.model.path,
             mesh=(config.mesh.data, config.mesh.frames),
             frames=config.clip.frames or sharding.USUAL_FRAMES,
+            size=(config.clip.height, config.clip.width),
             seed=config.seed,
             trainable=config.train.trainable,
             **options,
@@ -249,8 +254,7 @@ class TuneAVideo:
             raise InputError(str(error)) from error
         graph, trained, frozen = nnx.split(self.parts.unet, training.subset(trainable), ...)
         learned = sum(x.size for x in jax.tree.leaves(trained))
-        mine = learned // (self.mesh.size if fsdp and self.mesh else 1)
-        work = self._work("tuning on", latents, trained=mine, remat=remat != "none")
+        work = self.tuning_work(latents, learned, remat=remat, fsdp=fsdp)
         memory.check(work)
         rest = (text, jnp.asarray(self.schedule.levels), training.Hyper(*(jnp.float32(x) for x in hyper)))
         options = {"prediction": self.schedule.prediction, "remat": remat, "fsdp": fsdp}
@@ -392,28 +396,29 @@ class TuneAVideo:
         conditional half is computed. `progress` as for `invert`.
 
         `strength` is the share of the steps that the prompt leads. Below 1 more of the clip is kept: the noisiest
-        steps go back the way the inversion came, without a word. Where things are is settled in the first steps, what
-        they are in the later ones.
+        steps go back the way that an inversion without a prompt came. Where things are is settled in the first steps,
+        what they are in the later ones. Walks are then made of pieces, so that no other strength compiles a walk anew.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a prompt, too)")
         given.strength(strength, of_a_clip=latents is not None)
         ladder = self.schedule.sampling(steps)
-        wordless = steps - max(1, round(strength * steps))
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:
             latents = given.latents(latents, self._channels, starts=len(texts))
         use_guidance = guidance > 1
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
-        scale = guidance if use_guidance else None
+        memory.check(self.work("sampling", latents, rows=len(text)))  # before the steps that take less
+        wordless = steps - programs.led(steps, strength)
+        scale, size_of_piece = guidance if use_guidance else None, programs.piece_of(steps) if wordless else None
         with shown(progress, steps, "sampling") as report:
-            latents, path = self._back(latents, ladder.part(0, wordless), return_trajectory, report)
+            latents, path = self._back(latents, ladder.part(0, wordless), return_trajectory, report, size_of_piece)
             if len(latents) < len(texts):
                 latents, path = jnp.repeat(latents, len(texts), axis=0), jnp.repeat(path, len(texts), axis=1)
             way, on = ladder.part(wordless, steps), report and (lambda done: report(wordless + done))
-            last, led = self._walk("sampling", latents, text, way, scale, return_trajectory, on)
+            last, led = self._walk("sampling", latents, text, way, scale, return_trajectory, on, size_of_piece)
         trajectory = None if led is None else jnp.concatenate([path, led])
         finite.check_walk("sampling", last, self.dtype.name)
         edits = []
@@ -434,29 +439,30 @@ class TuneAVideo:
             )
         return edits[0] if isinstance(prompt, str) else edits
 
-    def _back(self, latents, ladder: Ladder, trajectory: bool, progress):
+    def _back(self, latents, ladder: Ladder, trajectory: bool, progress, piece: int | None):
         """The first steps of sampling without a word; none for a ladder without any."""
         if not len(ladder.timesteps):
             return latents, jnp.zeros((0, *latents.shape))
         silence = self.encode_text([""] * len(latents))
-        last, path = self._walk("sampling", latents, silence, ladder, None, trajectory, progress)
+        last, path = self._walk("sampling", latents, silence, ladder, None, trajectory, progress, piece)
         return last, jnp.zeros((0, *latents.shape)) if path is None else path
 
-    def _walk(self, doing: str, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
-        """In one program; where somebody wants to see it go on, in several runs of a shorter one."""
-        with memory.guarded(self._work(doing, latents, rows=len(text))):
-            return jax.block_until_ready(self._steps(latents, text, ladder, guidance, trajectory, progress))
+    def _walk(self, doing: str, latents, text, ladder, guidance: float | None, trajectory: bool, progress, piece=None):
+        """In one program; in several runs of a shorter one where somebody looks on, or `piece` gives its steps."""
+        with memory.guarded(self.work(doing, latents, rows=len(text))):
+            return jax.block_until_ready(self._steps(latents, text, ladder, guidance, trajectory, progress, piece))
 
-    def _steps(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress):
-        done, paths = 0, []
+    def _steps(self, latents, text, ladder, guidance: float | None, trajectory: bool, progress, piece: int | None):
+        done, paths, steps = 0, [], len(ladder.timesteps)
         watched = processes.agree(progress is not None)  # all run the same programs, whoever looks
-        for piece in programs.in_pieces(ladder) if watched else [ladder]:
+        size = piece or (programs.piece_of(steps) if watched else steps)
+        for part in programs.in_pieces(ladder, size):
             with self._running():
                 latents, path = programs.walk_latents(
                     self.parts.unet,
                     latents,
                     text,
-                    piece,
+                    part,
                     jnp.float32(0.0 if guidance is None else guidance),
                     prediction=self.schedule.prediction,
                     use_guidance=guidance is not None,
@@ -465,7 +471,7 @@ class TuneAVideo:
             paths.append(path)
             if progress is not None:
                 jax.block_until_ready(latents)
-                progress(done := done + len(piece.timesteps))
+                progress(done := done + len(part.timesteps))
         return latents, jnp.concatenate(paths) if trajectory else None
 
     # ------------------------------------------------------------------------------------------------ checks
@@ -473,7 +479,11 @@ class TuneAVideo:
     def _running(self) -> contextlib.AbstractContextManager[None]:
         return programs.running(self.dtype, self.mesh)
 
-    def _work(self, doing: str, latents: Any, *, trained: int = 0, remat: bool = True, rows: int = 0) -> memory.Work:
+    def tuning_work(self, latents: Any, learned: int, *, remat: str, fsdp: bool) -> memory.Work:
+        mine = learned // (self.mesh.size if fsdp and self.mesh else 1)
+        return self.work("tuning on", latents, trained=mine, remat=remat != "none")
+
+    def work(self, doing: str, latents: Any, *, trained: int = 0, remat: bool = True, rows: int = 0) -> memory.Work:
         """Tuning of so many parameters, or a walk with so many rows of text, as something that must fit."""
         _, frames, height, width, _ = latents.shape
         factor, config = self._factor, self.parts.unet.config
@@ -489,6 +499,15 @@ class TuneAVideo:
         shape = memory.Shape(frames, height * factor, width * factor)
         thrifty = None if remat else functools.partial(count, remat=True)
         return memory.Work(doing, shape, over["frames"], count, factor, thrifty)
+
+    def prompt_bytes(self, latents: Any) -> int:
+        """What each further prompt takes of one device's memory while they are sampled together."""
+        _, frames, height, width, _ = latents.shape
+        over = self.mesh.shape if self.mesh else {"data": 1, "frames": 1}
+        mine = -(-frames // over["frames"])
+        unet, size = self.parts.unet.config, self.dtype.itemsize
+        need = memory.need(unet, mine, height, width, frozen=0, trained=0, itemsize=size)
+        return need.sampling // over["data"]
 
     def _autoencoding(self, doing: str, frames: int, height: int, width: int):
         """The autoencoder takes a few frames at a time, so that their number does not matter."""

@@ -93,10 +93,22 @@ def walk_latents(
     return pin(last, EVERYWHERE), None if path is None else pin(path, EVERYWHERE)
 
 
-def in_pieces(ladder: Ladder, longest: int = 5) -> Iterator[Ladder]:
-    """A ladder cut into equal parts of a few steps, so that one program walks them all, with a look at the clock in
-    between. A callback from inside the loop would do that too, but no program with one can be kept on disk."""
+def led(steps: int, strength: float) -> int:
+    """How many steps of a sampling the prompt leads."""
+    return max(1, round(strength * steps))
+
+
+def piece_of(steps: int, longest: int = 5) -> int:
+    """How many steps of a walk make a piece: a divisor, so that one program walks them all."""
+    return max(n for n in range(1, longest + 1) if steps % n == 0)
+
+
+def in_pieces(ladder: Ladder, size: int) -> Iterator[Ladder]:
+    """A ladder cut into parts of a few steps, with a look at the clock in between. A callback from inside the loop
+    would do that too, but no program with one can be kept on disk. What is left over is walked step by step."""
     steps = len(ladder.timesteps)
-    size = max(n for n in range(1, longest + 1) if steps % n == 0)
-    for first in range(0, steps, size):
+    whole = steps - steps % size
+    for first in range(0, whole, size):
         yield ladder.part(first, first + size)
+    for first in range(whole, steps):
+        yield ladder.part(first, first + 1)

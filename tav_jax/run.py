@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from tav_jax import config as configs
-from tav_jax import environment, finite, memory, metrics, processes, prompts, sharding, training
+from tav_jax import environment, finite, metrics, processes, prompts, sharding, training
 from tav_jax.checkpoint import Checkpoints
 from tav_jax.errors import InputError, MissingError, NotFiniteError, StoppedError, WeightsError
 from tav_jax.pipeline import TuneAVideo
@@ -145,7 +145,7 @@ class Run:
             remat=c.train.remat,
             fsdp=c.mesh.fsdp,
         )
-        say(self.outlook(tav, clip, learner, first))
+        say(self.outlook(tav, clip, posterior[0], learner, first))
         if first:
             self.check_base(tav, self.checkpoints.about())
             learner = self.checkpoints.restore(learner)
@@ -223,27 +223,20 @@ class Run:
         now = {**environment.facts(), **more, "earlier": parts}
         self.workdir.write("environment.json", json.dumps(now, indent=2) + "\n")
 
-    def outlook(self, tav: TuneAVideo, clip: Clip, learner: training.Learner, first: int) -> str:
+    def outlook(self, tav: TuneAVideo, clip: Clip, latents: jax.Array, learner: training.Learner, first: int) -> str:
         """What will happen, in one line, before anything long begins."""
         c = self.config
         frames, height, width, _ = clip.frames.shape
         trained = sum(x.size for x in jax.tree.leaves(learner.trained))
         weights = jax.tree.leaves(tav.parts.unet)
-        need = memory.need(
-            tav.parts.unet.config,
-            frames,
-            height // tav.parts.vae.config.downsampling,
-            width // tav.parts.vae.config.downsampling,
-            frozen=sum(x.nbytes for x in weights) - 4 * trained,
-            trained=trained,
-            itemsize=tav.dtype.itemsize,
-        )
+        work = tav.tuning_work(latents, trained, remat=c.train.remat, fsdp=c.mesh.fsdp)
+        needed = work.count(work.shape, work.devices)
         device = jax.devices()[0]
         doing = f"Continuing at step {first} of {c.train.steps}" if first else f"Tuning for {c.train.steps} steps"
         return (
             f"{doing}: {trained / 1e6:.2f} M of {sum(x.size for x in weights) / 1e6:.2f} M parameters, "
             f"{frames} frames of {height}×{width}, {c.model.dtype} on {device.device_kind}, about "
-            f"{need.tuning / 2**30:.2f} GiB of its memory; results go to {self.workdir}."
+            f"{needed / 2**30:.2f} GiB of its memory; results go to {self.workdir}."
         )
 
     def previews_due(self, step: int) -> bool:

@@ -97,7 +97,8 @@ def test_train_kill_continue_edit_export_reload(sd1, place, clip_file, environme
         "red-circle.mp4",
         "side-by-side-blue-square-red-circle.mp4",
     ]
-    more = tav(environment, "edit", f"--workdir={workdir}", "--prompt=green", "--guidance=3", f"--out={place / 'out'}")
+    other = ("--prompt=green", "--guidance=3", "--strength=0.5", f"--out={place / 'out'}")
+    more = tav(environment, "edit", f"--workdir={workdir}", *other)
     assert more.returncode == 0, more.stderr
     assert "Reusing the inversion" in more.stdout
     once_more = tav(environment, "edit", f"--workdir={workdir}", "--prompt=green", f"--out={place / 'out'}")

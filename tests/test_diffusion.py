@@ -6,7 +6,7 @@ import pytest
 
 from tav_jax.diffusion import Schedule, add_noise, guided, move, velocity, walk
 from tav_jax.errors import InputError, WeightsError
-from tav_jax.programs import in_pieces
+from tav_jax.programs import in_pieces, piece_of
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -184,10 +184,17 @@ def test_a_trajectory_ends_where_the_walk_does():
 @pytest.mark.parametrize("steps", [1, 7, 11, 20, 50])
 def test_a_ladder_in_pieces_is_the_same_ladder(steps):
     whole = schedule().sampling(steps)
-    pieces = list(in_pieces(whole))
+    pieces = list(in_pieces(whole, piece_of(steps)))
     assert len({len(piece.timesteps) for piece in pieces}) == 1  # so one program does for all
     for i, column in enumerate(whole):
         assert np.array_equal(np.concatenate([piece[i] for piece in pieces]), column)
+
+
+def test_what_is_left_over_is_walked_step_by_step():
+    whole = schedule().sampling(50).part(0, 13)
+    pieces = list(in_pieces(whole, 5))
+    assert [len(piece.timesteps) for piece in pieces] == [5, 5, 1, 1, 1]
+    assert np.array_equal(np.concatenate([piece.timesteps for piece in pieces]), whole.timesteps)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000, True])

@@ -507,7 +507,7 @@ def test_what_cannot_fit_is_refused_with_what_would(sd1, monkeypatch):
     """The offers are tried: each fits, and the next larger one does not."""
     tav = sd1.tav
     latents = jnp.zeros((1, 24, 16, 16, 4))
-    work = tav._work("tuning on", latents, trained=10_000)
+    work = tav.work("tuning on", latents, trained=10_000)
     whole = work.count(work.shape, 1)
     for share in (0.99, 0.7, 0.4):
         room = int(whole * share)
@@ -545,8 +545,8 @@ def test_every_job_is_checked_before_it_begins(sd1, monkeypatch):
 
 def test_without_remat_remat_is_offered(sd1, monkeypatch):
     latents = jnp.zeros((1, 24, 16, 16, 4))
-    plain = sd1.tav._work("tuning on", latents, trained=10_000, remat=False)
-    thrifty = sd1.tav._work("tuning on", latents, trained=10_000)
+    plain = sd1.tav.work("tuning on", latents, trained=10_000, remat=False)
+    thrifty = sd1.tav.work("tuning on", latents, trained=10_000)
     room = thrifty.count(thrifty.shape, 1)
     assert room < plain.count(plain.shape, 1)
     monkeypatch.setenv(memory.OVERRIDE, str((room + 1000) / 2**30))

@@ -8,7 +8,8 @@ import warnings
 import numpy as np
 import pytest
 
-from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video, programs
+from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video, memory, programs
+from tav_jax.errors import ShortOfMemoryError
 
 
 @pytest.fixture
@@ -102,20 +103,51 @@ def test_strength_is_the_share_of_the_steps_that_the_prompt_leads(sd1):
         np.testing.assert_array_equal(edit.latents, edit.trajectory[-1])
 
 
-def test_the_steps_without_words_are_the_program_of_the_inversion(sd1):
-    tav = sd1.tav
-    seen: list[int] = []
+@pytest.mark.parametrize("watched", [True, False])
+def test_another_strength_compiles_nothing(sd1, watched):
+    """Pieces of five steps and single ones do for every strength; watched, they are the inversion's."""
+    tav, seen = sd1.tav, []
+    options = {"steps": 10, "guidance": 3.0, "progress": seen.append if watched else None}
     noise = tav.invert(sd1.latents, steps=10, progress=seen.append)
-    tav.sample("red", latents=noise, steps=10, guidance=3.0, progress=seen.append)
+    for strength in (0.5, 0.7):
+        tav.sample("red", latents=noise, strength=strength, **options)
     compiled = programs.walk_latents._cache_size()
-    tav.sample("blue", latents=noise, steps=10, guidance=3.0, strength=0.5, progress=seen.append)
+    seen.clear()
+    for strength in (0.1, 0.25, 0.6, 0.86):
+        tav.sample("blue", latents=noise, strength=strength, **options)
+        assert not watched or seen.pop() == 10
     assert programs.walk_latents._cache_size() == compiled
-    assert seen == [5, 10] * 3
+
+
+def test_the_least_strength_is_one_step(sd1):
+    back = sd1.tav.sample("", latents=sd1.latents, steps=3, guidance=1.0, return_trajectory=True).trajectory
+    edit = sd1.tav.sample("red", latents=sd1.latents, steps=3, strength=0.01, return_trajectory=True)
+    np.testing.assert_allclose(edit.trajectory[:2], back[:2], rtol=1e-5, atol=1e-5)
+    assert np.abs(edit.latents - back[2]).max() > 1e-4
+    only = [sd1.tav.sample("red", latents=sd1.latents, steps=1, strength=strength) for strength in (0.3, 1.0)]
+    assert np.array_equal(only[0].latents, only[1].latents)
+
+
+def test_starts_of_their_own_go_back_on_their_own(sd1):
+    starts = np.concatenate([sd1.tav.noise(seed, 2, (32, 32)) for seed in (1, 2)])
+    together = sd1.tav.sample(["blue", "red"], latents=starts, steps=4, strength=0.5)
+    for i, text in enumerate(["blue", "red"]):
+        alone = sd1.tav.sample(text, latents=starts[i : i + 1], steps=4, strength=0.5)
+        np.testing.assert_allclose(together[i].latents, alone.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_fit_is_refused_before_the_steps_without_words(sd1, monkeypatch):
+    latents = sd1.latents
+    room = sd1.tav.work("", latents, rows=1)
+    monkeypatch.setenv(memory.OVERRIDE, str((room.count(room.shape, 1) + 1000) / 2**30))
+    monkeypatch.setattr(programs, "walk_latents", None)
+    with pytest.raises(ShortOfMemoryError, match="sampling 5 frames of 64×64 takes"):
+        sd1.tav.sample(["red"] * 8, latents=latents, steps=4, strength=0.5)
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, float("nan")])
 def test_a_strength_that_is_no_share_is_refused(sd1, strength):
-    with pytest.raises(InputError, match=f"strength is {strength}; give a share of the steps, above 0 and up to 1"):
+    with pytest.raises(InputError, match=f"strength is {strength!r}; give a share of the steps, above 0 and up to 1"):
         sd1.tav.sample("red", latents=sd1.latents, steps=2, strength=strength)
 
 

@@ -13,8 +13,6 @@ from tav_jax.plan.functions import NAMES
 from tav_jax.plan.job import read
 from tav_jax.plan.planner import Planner
 
-USUAL = ("tune", "invert", "sample", "encode", "decode")
-
 
 def plan(
     config: Any,
@@ -24,14 +22,13 @@ def plan(
     as_json: bool = False,
     search: bool = True,
     folder: str | None = None,
-) -> bool:
-    """Print what each function of a run needs on that topology; whether all of them fit."""
+) -> None:
+    """Print what each function of a run needs on that topology."""
     job = read(config, chips.read(topology))
     planner = _planner(folder)
     reports = planner.reports(job, _known(names))
     advice = {r.name: list(advise(planner, job, r)) for r in reports if search and not r.fits and not r.error}
     print(page.one_line(job, reports, advice) if as_json else page.text(job, reports, advice))
-    return all(report.fits for report in reports)
 
 
 def sweep_to(
@@ -64,7 +61,7 @@ def sweep_to(
 def _known(names: Sequence[str]) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in NAMES]:
         raise InputError(f"--function is {unknown[0]!r}; it must be one of {', '.join(NAMES)}")
-    return tuple(names) or USUAL
+    return tuple(names) or NAMES
 
 
 def _planner(folder: str | None) -> Planner:

@@ -117,7 +117,7 @@ def functions(job: Job, wanted: tuple[str, ...]) -> Iterator[Function]:
         return make("tune", training.tune_step, arguments, options, 0)  # all else waits in the host's memory
 
     def walk(name: str, count: int, guidance: bool):
-        steps = len(next(programs.in_pieces(_ladder(count, lambda shape, dtype: jnp.zeros(shape, dtype)))).timesteps)
+        steps = programs.piece_of(count)
         arguments = (
             nnx.merge(graph, trained, frozen),
             latents,

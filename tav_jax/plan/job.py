@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tav_jax import kernels, layout
+from tav_jax import kernels, layout, programs
 from tav_jax.diffusion.schedule import Prediction
 from tav_jax.errors import InputError
 from tav_jax.models import ClipTextConfig, UNetConfig, VAEConfig
@@ -70,7 +70,7 @@ def read(config: Any, topology: Topology) -> Job:
         remat=config.train.remat,
         mesh=(config.mesh.data, config.mesh.frames),
         fsdp=config.mesh.fsdp,
-        edit_steps=config.edit.steps,
+        edit_steps=programs.led(config.edit.steps, config.edit.strength),
         inversion_steps=config.edit.inversion_steps,
         guidance=config.edit.guidance > 1,
         previews=bool(config.train.preview_every and config.edit.prompts),

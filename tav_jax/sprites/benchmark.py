@@ -49,7 +49,7 @@ ROWS = (
     Row("full", "the full method", clips=CLIPS),
     Row("led-throughout", "led by the prompt throughout: strength 1", strength=1.0),
     Row("no-tuning", "no tuning", tuning=False),
-    Row("no-inversion", "no inversion: from noise", inversion=False, strength=1.0),
+    Row("no-inversion", "no inversion: from noise, strength 1", inversion=False, strength=1.0),
     Row("first-frame", "attention to the first frame only", spatial_attention="first-frame"),
     Row("per-frame", "attention within each frame only", spatial_attention="per-frame"),
     Row("no-temporal", "no temporal attention", temporal_attention=False),
@@ -118,6 +118,11 @@ def compute(cell: Cell, settings: Settings) -> dict[str, Any]:
     if row.name == "full":
         told["reconstruction_psnr_db"] = reconstruction(tav, clip, sentence, s)
     return told | {"seconds": time.perf_counter() - started}
+
+
+def made(file: Path, settings: Settings) -> bool:
+    """Is the cell there, and made with these settings?"""
+    return file.exists() and json.loads(file.read_text())["settings"] == asdict(settings)
 
 
 def write(file: Path, told: dict[str, Any]) -> None:
@@ -263,7 +268,7 @@ def main(given: list[str] | None = None) -> int:
     a, started = arguments(given), time.time()
     cache.enable()
     rows = tuple(row for row in ROWS if not a.rows or row.name in a.rows)
-    missing = [cell for cell in cells(rows, a.clips, a.seeds) if not (a.out / cell.file).exists()]
+    missing = [cell for cell in cells(rows, a.clips, a.seeds) if not made(a.out / cell.file, Settings())]
     if not (a.out / "stills.json").exists():
         write(a.out / "stills.json", composition(Settings()))
     with progress_bar(len(missing), "cells") as bar:
