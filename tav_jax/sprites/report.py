@@ -35,8 +35,8 @@ def page(story: "Story") -> str:
         "lead": (
             f"A very small Stable Diffusion, which had only ever seen still pictures, learned this one clip of "
             f"{s.frames} frames in {s.steps} steps. The clip was then turned back into noise, and drawn again from "
-            f"that noise, with other words in the last {s.strength:.0%} of the way. What moves, moves as it did: no caption "
-            "ever named the motion."
+            f"that noise, with other words for the last {s.strength:.0%} of the way. What moves, moves as it did: no "
+            "caption ever named the motion."
         ),
         "cards": _cards(story, prompts, marks),
         "last_frame": s.frames - 1,
