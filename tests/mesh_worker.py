@@ -30,8 +30,10 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) 
     told = tav.replay(latents, "a red square is moving", timesteps=[40, 500, 900], noise=noise, learning_rate=1e-3)
     inverted = tav.invert(latents, steps=4)
     edit, other = tav.sample(["blue", "a green square"], latents=inverted, steps=4, guidance=7.5)
+    kept = tav.sample(["blue", "red"], latents=inverted, steps=4, guidance=7.5, strength=0.5)
     np.savez(
         out,
+        kept=np.concatenate([one.latents for one in kept]),
         losses=told.losses,
         norms=told.grad_norms,
         inverted=inverted,
