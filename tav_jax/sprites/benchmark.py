@@ -180,13 +180,14 @@ class Figure(NamedTuple):
 
 
 def figure(told: list[dict[str, Any]], measure: str, kinds: Sequence[str] = KINDS) -> Figure:
-    """Over the edits of these kinds of all cells."""
-    by_seed = defaultdict(list)
+    """Over the edits of these kinds of all cells; the spread is that of the clips that every seed has."""
+    by_seed: dict[int, dict[int, float]] = defaultdict(dict)
     for cell in told:
-        by_seed[cell["seed"]].append(np.mean([cell["edits"][kind][measure] for kind in kinds]))
-    means = [np.mean(values) for values in by_seed.values()]
+        by_seed[cell["seed"]][cell["clip"]] = float(np.mean([cell["edits"][kind][measure] for kind in kinds]))
+    shared = set.intersection(*(set(clips) for clips in by_seed.values()))
+    means = [np.mean([clips[clip] for clip in shared]) for clips in by_seed.values() if shared]
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-    return Figure(float(np.mean(np.concatenate([*by_seed.values()]))), spread, len(told))
+    return Figure(float(np.mean([x for clips in by_seed.values() for x in clips.values()])), spread, len(told))
 
 
 def gathered(folder: Path) -> dict[str, list[dict[str, Any]]]:
