@@ -219,40 +219,46 @@ def table(folder: Path) -> str:
 
 
 def picture(folder: Path) -> str:
-    """Accuracy against path error, a dot a cell and a large one a row, as an SVG."""
-    wide, high, left, bottom = 720, 420, 60, 46
+    """Accuracy against path error (its axis is logarithmic), a dot a cell and a large one a row, as an SVG."""
+    wide, high, left, right, top, bottom = 860, 420, 60, 290, 24, 46
     colours = ("#d1495b", "#7d8590", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d", "#3d405b")
     told = gathered(folder)
-    furthest = max((cell["trajectory_error_px"] for cells in told.values() for cell in cells), default=1.0) * 1.05
+    every = [cell for cells in told.values() for cell in cells]
+    lowest = min((int(4 * cell["edit_accuracy"]) / 4 for cell in every), default=0.0)
+    nearest, furthest = 0.5, 1.2 * max([1.0, *(cell["trajectory_error_px"] for cell in every)])
 
-    def at(cell: dict[str, Any]) -> tuple[float, float]:
-        x = left + (wide - left - 220) * float(cell["trajectory_error_px"]) / furthest
-        return x, high - bottom - (high - bottom - 20) * float(cell["edit_accuracy"])
+    def at(error: float, accuracy: float) -> tuple[float, float]:
+        across = np.log(max(error, nearest) / nearest) / np.log(furthest / nearest)
+        up = (accuracy - lowest) / max(1 - lowest, 0.25)
+        return left + (wide - left - right) * float(across), high - bottom - (high - top - bottom) * up
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
         f'<rect width="{wide}" height="{high}" fill="white"/>',
     ]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        _, y = at({"trajectory_error_px": 0, "edit_accuracy": share})
-        parts.append(f'<line x1="{left}" x2="{wide - 220}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+    for share in np.arange(lowest, 1.001, 0.125 if lowest >= 0.5 else 0.25):
+        _, y = at(1, share)
+        parts.append(f'<line x1="{left}" x2="{wide - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{share:.0%}</text>')
-    for pixels in range(0, int(furthest) + 1, max(1, int(furthest) // 6)):
-        x, _ = at({"trajectory_error_px": pixels, "edit_accuracy": 0})
-        parts.append(f'<text x="{x:.1f}" y="{high - bottom + 18}" text-anchor="middle" fill="#555">{pixels}</text>')
+    for pixels in (0.5, 1, 2, 4, 8, 16, 32):
+        x, y = at(pixels, lowest)
+        if pixels <= furthest:
+            parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" fill="#555">{pixels:g}</text>')
     parts.append(f'<text x="{left}" y="{high - 8}" fill="#555">distance from the source\'s path, pixels</text>')
     parts.append(f'<text x="{left}" y="13" fill="#555">frames that show what the prompt says</text>')
+    dots, means = [], []
     for i, (row, colour) in enumerate(zip(ROWS, colours, strict=True)):
         if not told[row.name]:
             continue
         for cell in told[row.name]:
-            x, y = at(cell)
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" opacity="0.35"/>')
-        x, y = at({name: figure(told[row.name], name).mean for name in MEASURES})
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="{colour}" stroke="white" stroke-width="1.5"/>')
-        parts.append(f'<circle cx="{wide - 205}" cy="{40 + 22 * i}" r="5" fill="{colour}"/>')
-        parts.append(f'<text x="{wide - 194}" y="{44 + 22 * i}" fill="#222">{row.told}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+            x, y = at(cell["trajectory_error_px"], cell["edit_accuracy"])
+            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" opacity="0.35"/>')
+        x, y = at(figure(told[row.name], "trajectory_error_px").mean, figure(told[row.name], "edit_accuracy").mean)
+        means.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}" stroke="white" stroke-width="1.5"/>')
+        parts.append(f'<circle cx="{wide - right + 20}" cy="{40 + 22 * i}" r="5" fill="{colour}"/>')
+        parts.append(f'<text x="{wide - right + 31}" y="{44 + 22 * i}" fill="#222">{row.told}</text>')
+    # The full method's dot lies on top.
+    return "\n".join([*parts, *dots, *reversed(means), "</svg>"]) + "\n"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
