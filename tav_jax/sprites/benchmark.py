@@ -237,10 +237,10 @@ def picture(folder: Path) -> str:
         f'<rect width="{wide}" height="{high}" fill="white"/>',
     ]
     for share in np.arange(lowest, 1.001, 0.125 if lowest >= 0.5 else 0.25):
-        _, y = at(1, share)
+        _, y = at(nearest, share)
         parts.append(f'<line x1="{left}" x2="{wide - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{share:.0%}</text>')
-    for pixels in (0.5, 1, 2, 4, 8, 16, 32):
+    for pixels in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
         x, y = at(pixels, lowest)
         if pixels <= furthest:
             parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" fill="#555">{pixels:g}</text>')
