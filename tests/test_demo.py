@@ -87,7 +87,7 @@ def test_the_table_counts_its_cells_and_gives_mean_and_spread(tmp_path):
     kept, replaced = "0.90 ± 0.14, 1.50 ± 0.00 px", "0.50 ± 0.14, 4.50 ± 0.00 px"
     assert row == f"| the full method | 0.70 ± 0.14 | 3.00 ± 0.00 | {kept} | {replaced} | 0.990 ± 0.000 | 4 |"
     picture = ElementTree.fromstring(benchmark.picture(tmp_path))
-    assert sum("opacity" in circle.attrib for circle in picture.iter("{*}circle")) == 4
+    assert sum("opacity" in circle.attrib for circle in picture.findall(".//{*}circle")) == 4
     # A clip that only one seed has counts for the mean, not for the spread between seeds.
     only = json.loads((tmp_path / "full/clip0-seed0.json").read_text()) | {"clip": 2}
     benchmark.write(tmp_path / "full/clip2-seed0.json", only)
