@@ -61,6 +61,7 @@ def write(
     with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=rate, options=options or (H264 if codec == "libx264" else {}))
+        stream.codec_context.thread_count = 2  # FFmpeg takes one a processor, and cuts the file otherwise by them
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
         if times is not None:
