@@ -28,6 +28,6 @@ export PATH=$VENV/bin:$PATH
 if [ -n "${TAV_COMMAND:-}" ]; then
   eval "tav $TAV_COMMAND"
   if [ -n "${TAV_FINISHED:-}" ]; then
-    date -u | gcloud storage cp - "$TAV_FINISHED"
+    gcloud storage cp - "$TAV_FINISHED" <<<"$(date -u)" # no pipe: it would fail if gcloud stopped reading
   fi
 fi

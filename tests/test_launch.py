@@ -147,6 +147,8 @@ def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_has_finishe
     (machine.root / "asked").unlink()
     machine.answer("cp", ': > "$HOME/tav_jax.tar.gz"')
     machine.answer("venv", 'mkdir -p "${@: -1}/bin"; ln -sf "$(command -v tav)" "${@: -1}/bin/python"')
+    (machine.bin / "date").write_text("#!/bin/sh\nsleep 0.3; echo now\n")  # slower than a gcloud that reads nothing
+    (machine.bin / "date").chmod(0o755)
     done = machine(machine.root / "startup")
     assert done.returncode == 0, done.stderr
     told = machine.asked
