@@ -13,7 +13,7 @@ from tav_jax import memory, processes, prompts
 from tav_jax.errors import InputError
 from tav_jax.pipeline import Edit, TuneAVideo
 from tav_jax.progress import counter, progress_bar
-from tav_jax.run import Run, digest, load_clip, publish_video, say
+from tav_jax.run import Run, digest, load_clip, publish_video, sampling, say
 from tav_jax.video import Clip
 from tav_jax.workdir import Workdir
 
@@ -89,15 +89,7 @@ def sample_in_batches(tav: TuneAVideo, texts: Sequence[str], start: Any, e: Any)
         for begin in range(0, len(texts), size):
             batch = list(texts[begin : begin + size])
             filled = batch + batch[:1] * (size - len(batch))
-            edits += tav.sample(
-                filled,
-                latents=start,
-                steps=e.steps,
-                guidance=e.guidance,
-                strength=e.strength,
-                negative_prompt=e.negative_prompt,
-                progress=counter(bar),
-            )[: len(batch)]
+            edits += tav.sample(filled, latents=start, progress=counter(bar), **sampling(e))[: len(batch)]
     return edits
 
 

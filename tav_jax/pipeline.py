@@ -412,47 +412,42 @@ class TuneAVideo:
         text = self.encode_text([negative_prompt] * len(texts) * use_guidance + texts)  # [2P or P, L, D]
         memory.check(self.work("sampling", latents, rows=len(text)))  # before the steps that take less
         wordless = steps - programs.led(steps, strength)
-        scale, size_of_piece = guidance if use_guidance else None, programs.piece_of(steps) if wordless else None
+        scale, piece = guidance if use_guidance else None, programs.piece_of(steps) if wordless else None
+        before = None
         with shown(progress, steps, "sampling") as report:
-            latents, path = self._back(latents, ladder.part(0, wordless), return_trajectory, report, size_of_piece)
-            if len(latents) < len(texts):
-                latents, path = jnp.repeat(latents, len(texts), axis=0), jnp.repeat(path, len(texts), axis=1)
+            if wordless:  # once for all prompts that share a start
+                silence, way = self.encode_text([""] * len(latents)), ladder.part(0, wordless)
+                latents, before = self._walk("sampling", latents, silence, way, None, return_trajectory, report, piece)
             way, on = ladder.part(wordless, steps), report and (lambda done: report(wordless + done))
-            last, led = self._walk("sampling", latents, text, way, scale, return_trajectory, on, size_of_piece)
-        trajectory = None if led is None else jnp.concatenate([path, led])
+            start = _for_each(texts, latents, axis=0)  # [P, F, h, w, 4]
+            last, trajectory = self._walk("sampling", start, text, way, scale, return_trajectory, on, piece)
+        if before is not None:
+            trajectory = jnp.concatenate([_for_each(texts, before, axis=1), trajectory])
         finite.check_walk("sampling", last, self.dtype.name)
-        edits = []
-        for i, text_of in enumerate(texts):
-            pixels = np.asarray(self.decode_video(last[i : i + 1]))[0]  # [F, H, W, 3]
-            finite.check_walk("the VAE", pixels, self.dtype.name)
-            video = np.rint(pixels * 255).astype(np.uint8)
-            finite.warn_if_flat(video, text_of)
-            edits.append(
-                Edit(
-                    frames=video,
-                    fps=fps or (self.source.fps if self.source else 8.0),
-                    prompt=text_of,
-                    latents=last[i : i + 1],
-                    trajectory=None if trajectory is None else trajectory[:, i : i + 1],
-                    audio=self.source.audio if self.source else None,
-                )
-            )
+        edits = [self._decoded(i, text_of, last, trajectory, fps) for i, text_of in enumerate(texts)]
         return edits[0] if isinstance(prompt, str) else edits
 
-    def _back(self, latents, ladder: Ladder, trajectory: bool, progress, piece: int | None):
-        """The first steps of sampling without a word; none for a ladder without any."""
-        if not len(ladder.timesteps):
-            return latents, jnp.zeros((0, *latents.shape))
-        silence = self.encode_text([""] * len(latents))
-        last, path = self._walk("sampling", latents, silence, ladder, None, trajectory, progress, piece)
-        return last, jnp.zeros((0, *latents.shape)) if path is None else path
+    def _decoded(self, i: int, prompt: str, latents, trajectory, fps: float | None) -> Edit:
+        """Of several that were sampled together, one."""
+        pixels = np.asarray(self.decode_video(latents[i : i + 1]))[0]  # [F, H, W, 3]
+        finite.check_walk("the VAE", pixels, self.dtype.name)
+        video = np.rint(pixels * 255).astype(np.uint8)
+        finite.warn_if_flat(video, prompt)
+        return Edit(
+            frames=video,
+            fps=fps or (self.source.fps if self.source else 8.0),
+            prompt=prompt,
+            latents=latents[i : i + 1],
+            trajectory=None if trajectory is None else trajectory[:, i : i + 1],
+            audio=self.source.audio if self.source else None,
+        )
 
-    def _walk(self, doing: str, latents, text, ladder, guidance: float | None, trajectory: bool, progress, piece=None):
+    def _walk(self, doing: str, latents, text, way: Ladder, guidance: float | None, trajectory: bool, on, piece=None):
         """In one program; in several runs of a shorter one where somebody looks on, or `piece` gives its steps."""
         with memory.guarded(self.work(doing, latents, rows=len(text))):
-            return jax.block_until_ready(self._steps(latents, text, ladder, guidance, trajectory, progress, piece))
+            return jax.block_until_ready(self._steps(latents, text, way, guidance, trajectory, on, piece))
 
-    def _steps(self, latents, text, ladder, guidance: float | None, trajectory: bool, progress, piece: int | None):
+    def _steps(self, latents, text, ladder: Ladder, guidance: float | None, trajectory: bool, progress, piece):
         done, paths, steps = 0, [], len(ladder.timesteps)
         watched = processes.agree(progress is not None)  # all run the same programs, whoever looks
         size = piece or (programs.piece_of(steps) if watched else steps)
@@ -535,3 +530,8 @@ class TuneAVideo:
         given.size(*size, self._factor)
         shape = (1, frames, size[0] // self._factor, size[1] // self._factor, self._channels)
         return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _for_each(texts: Sequence[str], x: Any, *, axis: int) -> Array:
+    """One of these for each prompt, where there is one for all."""
+    return x if x.shape[axis] == len(texts) else jnp.repeat(x, len(texts), axis=axis)

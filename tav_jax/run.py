@@ -262,18 +262,16 @@ class Run:
         try:
             noise = tav.invert(latents, steps=e.inversion_steps)
             for prompt, file in zip(e.prompts, self.preview_files(step), strict=True):
-                edit = tav.sample(
-                    prompt,
-                    latents=noise,
-                    steps=e.steps,
-                    guidance=e.guidance,
-                    strength=e.strength,
-                    negative_prompt=e.negative_prompt,
-                )
+                edit = tav.sample(prompt, latents=noise, **sampling(e))
                 publish_video(self.workdir, edit, file)
                 log.preview(step, Path(file).stem, edit.frames)
         except NotFiniteError as error:  # the tuning itself is sound
             say(f"There is no preview at step {step}: {error}")
+
+
+def sampling(edit: Any) -> dict[str, Any]:
+    """How a config's edits are sampled, previews and final ones alike."""
+    return {name: edit[name] for name in ("steps", "guidance", "strength", "negative_prompt")}
 
 
 def publish_video(workdir: Workdir, video: Any, name: str) -> None:
