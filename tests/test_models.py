@@ -15,6 +15,7 @@ from tav_jax import layout, weights
 from tav_jax.kernels import attend, frames_seen
 from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
 from tav_jax.models.attention import Attention, FeedForward
+from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.resnet import nearest
 from tav_jax.models.unet import timestep_embedding
 from tav_jax.training import is_trainable
@@ -142,6 +143,30 @@ def test_every_norm_has_its_epsilon():
             assert module.epsilon == 1e-5, path
             counted += 1
     assert counted == 125 + (10 + 14) * 2 + 2 + 2 + 23 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "bound"),
+    [
+        ("bfloat16", 0, 2**-8),
+        ("bfloat16", 30, 2**-8),
+        ("float16", 30, 2**-10),
+        ("float32", 0, 1e-6),
+        ("float32", 1000, 5e-4),
+    ],
+)
+def test_norms_are_the_formula_also_far_from_zero(dtype, mean, bound):
+    """In float32 the variance in one pass, E[x²] − E[x]², would be off by several per cent at 1000."""
+    x = jnp.asarray(normal(2, 3, 4, 4, 64) + mean, dtype)
+    rows = np.asarray(x, np.float64)
+    groups = rows.reshape(2, 3, 4, 4, 8, 8)
+    for norm, spread, over in (
+        (group_norm(64, 8, 1e-5, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), groups, (1, 2, 3, 5)),
+        (layer_norm(64, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), rows, (-1,)),
+    ):
+        centred = spread - spread.mean(over, keepdims=True)
+        wanted = (centred / np.sqrt((centred**2).mean(over, keepdims=True) + 1e-5)).reshape(rows.shape)
+        assert np.abs(np.asarray(norm(x), np.float64) - wanted).max() < bound * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(("config", "total"), [(UNetConfig.sd1(), 909_120_004), (UNetConfig.sd2(), 915_509_764)])

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tav_jax.kernels import Kernel, SpatialAttention, attend, attend_frames
+from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.remat import name_attention
-from tav_jax.models.resnet import Conv, group_norm
+from tav_jax.models.resnet import Conv
 from tav_jax.sharding import CLIP, EVERYWHERE, PROMPTS, on_each_device, pin
 
 # torch's default for a linear layer: uniform within ±1/√fan_in, a third of the variance that Flax would take.
@@ -96,13 +97,13 @@ class TransformerBlock(nnx.Module):
         self.sees: SpatialAttention = spatial
         self.kernel: Kernel = kernel
         self.temporal = temporal
-        self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm1 = layer_norm(dim, **kw)
         self.attn1 = Attention(dim, dim, heads, **kw)
-        self.norm2 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm2 = layer_norm(dim, **kw)
         self.attn2 = Attention(dim, text_dim, heads, **kw)
-        self.norm3 = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm3 = layer_norm(dim, **kw)
         self.ff = FeedForward(dim, **kw)
-        self.norm_temp = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm_temp = layer_norm(dim, **kw)
         # With a zero output, bias included, one frame through the inflated network is the 2D network exactly.
         self.attn_temp = Attention(dim, dim, heads, zero_out=True, **kw)
 

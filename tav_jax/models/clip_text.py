@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tav_jax.models.norms import layer_norm
+
 
 @dataclass(frozen=True)
 class ClipTextConfig:
@@ -62,9 +64,9 @@ class MLP(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(self, c: ClipTextConfig, **kw):
-        self.layer_norm1 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, **kw)
+        self.layer_norm1 = layer_norm(c.hidden_size, c.layer_norm_eps, **kw)
         self.self_attn = SelfAttention(c.hidden_size, c.num_attention_heads, **kw)
-        self.layer_norm2 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, **kw)
+        self.layer_norm2 = layer_norm(c.hidden_size, c.layer_norm_eps, **kw)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act, **kw)
 
     def __call__(self, x: Float[Array, "n L D"]) -> Float[Array, "n L D"]:
@@ -99,9 +101,7 @@ class ClipText(nnx.Module):
         self.config = config
         self.embeddings = Embeddings(config, **kw)
         self.encoder = Encoder(config, **kw)
-        self.final_layer_norm = nnx.LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **kw
-        )
+        self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, **kw)
 
     def __call__(self, ids: Int[Array, "n L"]) -> Float[Array, "n L D"]:
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))

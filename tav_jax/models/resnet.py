@@ -1,8 +1,7 @@
 """Convolutional parts that the UNet and the VAE share.
 
 Every function takes `[..., H, W, C]`. Convolutions treat all leading axes as a batch, so a kernel of the 2D network is
-the 1×3×3 kernel of the video network. Group norms take their statistics over everything but the first axis: over
-(frames, H, W) for a video `[B, F, H, W, C]`, as the official code does, and over (H, W) for pictures `[N, H, W, C]`.
+the 1×3×3 kernel of the video network.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from tav_jax.models.norms import frame_mask, group_norm
 from tav_jax.sharding import CLIP, EVERYWHERE, on_each_device
 
 # How many pixels go around a picture: a number for all sides, or (before, after) for each axis.
@@ -37,16 +37,6 @@ def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Paddin
     if padding is None:  # both sides alike, as torch does; XLA's "SAME" differs where the stride is 2
         padding = size // 2
     return Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
-
-
-def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs) -> nnx.GroupNorm:
-    # The fast variance, E[x²] − E[x]², loses digits that the comparison with the official numbers needs.
-    return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
-
-
-def frame_mask(real: Bool[Array, "F"] | None, x: Float[Array, "*b h w c"]) -> Bool[Array, "*b h w c"] | None:
-    """For group norms: only what belongs to real frames counts."""
-    return None if real is None else jnp.broadcast_to(real[:, None, None, None], x.shape)
 
 
 class ResnetBlock(nnx.Module):

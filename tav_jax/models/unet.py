@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Num
 
 from tav_jax.kernels import Kernel, SpatialAttention
 from tav_jax.models.attention import Transformer
+from tav_jax.models.norms import frame_mask, group_norm
 from tav_jax.models.remat import policy
-from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv, frame_mask, group_norm
+from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv
 from tav_jax.sharding import cut_back, fill_up
 
 

@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tav_jax.kernels import attend
-from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv, group_norm
+from tav_jax.models.norms import group_norm
+from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv
 
 EPSILON = 1e-6  # of every group norm in here; the UNet's is 1e-5
 
