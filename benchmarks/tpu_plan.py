@@ -10,6 +10,7 @@ each, so that they can be compiled in pieces; it says with which versions.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,11 +29,13 @@ class Job(NamedTuple):
     side: int
     function: str
     remat: str = "block"
+    level: str = ""  # JAX_OPTIMIZATION_LEVEL
 
     @property
     def file(self) -> Path:
         remat = "" if self.remat == "block" else f"-{self.remat}"
-        return FOLDER / f"{self.model}-{self.topology}-{self.frames}x{self.side}-{self.function}{remat}.json"
+        level = self.level and f"-{self.level}"
+        return FOLDER / f"{self.model}-{self.topology}-{self.frames}x{self.side}-{self.function}{remat}{level}.json"
 
 
 JOBS = (
@@ -50,6 +53,7 @@ JOBS = (
     Job("sd2", "v5e-8", 24, 768, "sample"),
     Job("sd1", "v5e-8", 32, 512, "tune", "attention"),
     Job("sd1", "v5e-8", 32, 512, "tune", "none"),
+    Job("sd1", "v5e-8", 32, 512, "tune", level="O1"),
 )
 
 
@@ -62,7 +66,8 @@ def compile_(job: Job) -> None:
     line = [sys.executable, "-m", "tav_jax", "plan", "--json", "--no-search", f"--topology={job.topology}"]
     line += [f"--function={job.function}", f"--config.model.path={job.model}", f"--config.train.remat={job.remat}"]
     line += [f"--config.clip.{name}={value}" for name, value in clip.items()]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    asked = os.environ | ({"JAX_OPTIMIZATION_LEVEL": job.level} if job.level else {})
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=asked)
     if not done.stdout:
         raise SystemExit(f"{job} could not be compiled; status {done.returncode}")
     about = {"compiled_with": versions(), "on": time.strftime("%Y-%m-%d"), **json.loads(done.stdout)}
@@ -75,8 +80,8 @@ def compile_(job: Job) -> None:
 def table() -> str:
     lines = [
         "| | chips | clip | remat | fits | peak | arguments | temporary | code | TFLOP | HBM | touched "
-        "| a step, at least | limit | compiled in |",
-        "|" + "---|" * 15,
+        "| a step, at least | limit | expected | compiled in |",
+        "|" + "---|" * 16,
     ]
     for job in JOBS:
         if job.file.exists():
@@ -90,7 +95,7 @@ def _row(job: Job, r: dict[str, Any]) -> str:
     sizes = (r[f"{name}_bytes"] / GB for name in ("peak", "argument", "temporary", "code"))
     moved = (r["moved_bytes"] / steps / GB, r["touched_bytes"] / steps / GB)
     cells = [
-        f"{job.model} {job.function}",
+        f"{job.model} {job.function}{job.level and f', {job.level}'}",
         job.topology,
         f"{job.frames} × {job.side}²",
         job.remat if job.function == "tune" else "",
@@ -100,6 +105,7 @@ def _row(job: Job, r: dict[str, Any]) -> str:
         *(f"{size:.1f}" for size in moved),
         f"{r['step_seconds'] * 1e3:.0f} ms",
         r["limit"],
+        f"{expected * 1e3:.0f} ms" if (expected := r.get("expected_seconds")) else "",
         f"{r['compile_seconds'] / 60:.1f} min",
     ]
     return f"| {' | '.join(cells)} |"

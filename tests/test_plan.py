@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from tav_jax import config, training
 from tav_jax.errors import InputError, MissingError
 from tav_jax.models import UNet, UNetConfig
-from tav_jax.plan import advice, chips, collectives, flops, job, keep, measure, page, prepare, sweep, traffic
+from tav_jax.plan import advice, chips, collectives, estimate, flops, job, keep, measure, page, prepare, sweep, traffic
 from tav_jax.plan.measure import Report, needed_bytes
 from tav_jax.plan.planner import Planner
 
@@ -107,6 +107,13 @@ def test_a_kernel_is_counted_by_what_it_says_of_itself_or_by_its_grid():
     assert counted(call, (8, 8)) == 3 * 2 * 8**3
     told = pl.CostEstimate(flops=77, bytes_accessed=0, transcendentals=0)
     assert counted(lambda x: call(x, cost_estimate=told), (8, 8)) == 77
+
+    def mixed(x):
+        return jax.lax.scan(lambda x, _: (call(x) @ x, None), x, length=2)[0]
+
+    traced = jax.jit(mixed).trace(jnp.zeros((8, 8)))
+    assert flops.count(traced.jaxpr) == 2 * (3 + 1) * 2 * 8**3
+    assert flops.count(traced.jaxpr, flops.KERNELS) == 2 * 3 * 2 * 8**3
 
 
 def test_where_the_platform_decides_the_tpus_way_is_counted():
@@ -260,6 +267,18 @@ def test_what_goes_to_and_from_hbm_is_read_from_a_programs_text():
     assert traffic.hbm_bytes(unsaid, loop=7) == ahead + rows + looped // 3 * 7 + rows
 
 
+def test_the_compilers_own_reckoning_is_read_from_a_programs_text():
+    def reckoned(kind, n):
+        return f'{kind}, backend_config={{"estimated_cycles":"{n}","iteration_bounds":["1"]}}'
+
+    text = TRAFFIC.replace("kind=kOutput, calls=%inner", reckoned("kind=kOutput, calls=%inner", 1000))
+    text = text.replace("calls=%piece", reckoned("calls=%piece", 20))  # in the loop of three
+    inside = "dynamic_slice_sizes={1,64}"
+    text = text.replace(inside, reckoned(inside, 7))  # a part of what is counted already
+    assert estimate.cycles(text) == 1000 + 3 * 20
+    assert estimate.cycles(TRAFFIC) == estimate.cycles("") == 0
+
+
 def test_a_program_that_the_compiler_cannot_show_is_told_by_what_else_is_known(capsys):
     def as_text():
         raise RuntimeError("INTERNAL: RET_CHECK failure")
@@ -390,6 +409,9 @@ def test_reports_are_kept_under_all_that_they_depend_on(tmp_path, monkeypatch):
     with monkeypatch.context() as other:
         other.setattr(keep, "version", lambda package: "7.0" if package == "libtpu" else "1.0")
         assert keep.load(tmp_path, at, "tune") is None
+    with monkeypatch.context() as other:
+        other.setattr(keep, "optimization", lambda: "O1")
+        assert keep.load(tmp_path, at, "tune") is None
     next(tmp_path.glob("*.json")).write_text('{"report": ')
     assert keep.load(tmp_path, at, "tune") is None  # damaged: compiled again
 
@@ -402,6 +424,9 @@ def test_a_page_and_a_line_say_what_fits_and_what_would():
     assert "tune needs 21.00 GiB of 15.75 and does not fit. These would (compiled):" in said
     assert "--config.clip.frames=16  (15.00 GiB, at least 16.0 s a step)" in said
     assert "tune, between the chips, per step: all-to-all 4 (6.0 MB)" in said
+    assert "62.5 ms" not in said  # the compiler did not say
+    known = dataclasses.replace(report, expected_seconds=0.0625)
+    assert "62.5 ms" in page.text(at, [known], {})
     line = page.one_line(at, [report], told)
     assert "\n" not in line
     read = json.loads(line)

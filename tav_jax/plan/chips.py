@@ -24,6 +24,7 @@ class Chip(NamedTuple):
     compiler_name: str
     cores: int  # that the number in a name such as v4-8 counts, per chip
     layouts: tuple[str, ...]
+    clock: float | None = None  # cycles a second, where it is known
 
     @property
     def wire(self) -> float:
@@ -36,9 +37,9 @@ DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, "v4", 2, DEEP),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, FLAT),
-        Chip("v5p", int(95.73 * GIB), 459e12, 2.765e12, 90e9, "v5", 2, DEEP),
+        Chip("v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, "v4", 2, DEEP, 1.05e9),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, FLAT, 1.5e9),
+        Chip("v5p", int(95.73 * GIB), 459e12, 2.765e12, 90e9, "v5", 2, DEEP, 1.75e9),
         Chip("v6e", int(31.24 * GIB), 918e12, 1.64e12, 90e9, "v6e", 1, FLAT),
     )
 }

@@ -6,41 +6,47 @@ per cent, are left out.
 """
 
 import math
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
 
+KERNELS = frozenset({"pallas_call"})
+ALL = KERNELS | {"dot_general", "conv_general_dilated"}
 
-def count(jaxpr: Any) -> float:
-    """Of the whole program, on all devices together."""
+
+def count(jaxpr: Any, kinds: Set[str] = ALL) -> float:
+    """Of the whole program, on all devices together; of some kinds of operations, or of all."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # closed or open
-    return float(sum(_of(equation) for equation in jaxpr.eqns))
+    return float(sum(_of(equation, kinds) for equation in jaxpr.eqns))
 
 
-def _of(equation: Any) -> float:
+def _of(equation: Any, kinds: Set[str]) -> float:
     name, parameters = equation.primitive.name, equation.params
+    if name in ALL and name not in kinds:
+        return 0.0
     if name == "dot_general":
         return _product(equation)
     if name == "conv_general_dilated":
         return _convolution(equation)
     if name == "scan":
-        return parameters["length"] * count(parameters["jaxpr"])
+        return parameters["length"] * count(parameters["jaxpr"], kinds)
     if name == "while":
-        return count(parameters["body_jaxpr"])  # how often is not known
+        return count(parameters["body_jaxpr"], kinds)  # how often is not known
     if name == "cond":
-        return _branch(parameters)
+        return _branch(parameters, kinds)
     if name == "shard_map":  # what each device does; where an axis of the mesh shares nothing out, all do the same
         sharing = {axis for spec in parameters["out_specs"] for part in spec for axis in _names(part)}
-        return math.prod(parameters["mesh"].shape[axis] for axis in sharing) * count(parameters["jaxpr"])
+        return math.prod(parameters["mesh"].shape[axis] for axis in sharing) * count(parameters["jaxpr"], kinds)
     if name == "pallas_call":
         if parameters["cost_estimate"] is not None:
             return float(parameters["cost_estimate"].flops)
         return math.prod(parameters["grid_mapping"].grid) * count(parameters["jaxpr"])
     if name == "custom_vjp_call" or name == "custom_jvp_call":
-        return count(parameters.get("call_jaxpr", parameters.get("fun_jaxpr")))
+        return count(parameters.get("call_jaxpr", parameters.get("fun_jaxpr")), kinds)
     for inner in ("jaxpr", "call_jaxpr"):  # jit, checkpoint and the like
         if inner in parameters:
-            return count(parameters[inner])
+            return count(parameters[inner], kinds)
     return 0.0
 
 
@@ -48,13 +54,13 @@ def _names(part: Any) -> tuple[str, ...]:
     return () if part is None else part if isinstance(part, tuple) else (part,)
 
 
-def _branch(parameters: Any) -> float:
+def _branch(parameters: Any, kinds: Set[str]) -> float:
     """Where the platform decides, the TPU's branch; else the longest."""
     branches = parameters["branches"]
     for index, platforms in enumerate(parameters.get("branches_platforms") or ()):
         if platforms is None or "tpu" in platforms:
-            return count(branches[index])
-    return max(count(branch) for branch in branches)
+            return count(branches[index], kinds)
+    return max(count(branch, kinds) for branch in branches)
 
 
 def _product(equation: Any) -> float:

@@ -8,6 +8,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import jax
+
 from tav_jax.plan.job import Job, as_json
 from tav_jax.plan.measure import Report
 
@@ -24,8 +26,15 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def optimization() -> str:
+    """How hard the compiler tries, as JAX_OPTIMIZATION_LEVEL asks for; empty where nothing is asked for."""
+    level = str(jax.config.jax_optimization_level)
+    return "" if level == "UNKNOWN" else level
+
+
 def key(job: Job, name: str) -> str:
     depends = hashlib.sha256(f"{name}\n{as_json(job)}\n".encode())
+    depends.update(f"{optimization()}\n".encode())
     for package in VERSIONS:
         depends.update(f"{package} {version(package)}\n".encode())
     for source in SOURCES:

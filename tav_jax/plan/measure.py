@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tav_jax.plan import collectives, flops, traffic
+from tav_jax.plan import collectives, estimate, flops, traffic
 from tav_jax.plan.chips import Topology
 from tav_jax.plan.functions import Function
 
@@ -34,6 +34,7 @@ class Report:
     touched_bytes: float = 0.0  # XLA's "bytes accessed", which counts what stays on the chip, too
     seconds: dict[str, float] = field(default_factory=dict)  # compute, memory, interconnect: each by itself
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
+    expected_seconds: float = 0.0  # a step's time by the compiler's own reckoning; 0 where it cannot be read
     steps: int = 1
     job_steps: int = 1
     trace_seconds: float = 0.0
@@ -64,6 +65,7 @@ def measure(function: Function, topology: Topology) -> Report:
     with function.running():
         traced = function.trace()
         counted = flops.count(traced.jaxpr) / function.sharing
+        in_kernels = flops.count(traced.jaxpr, flops.KERNELS) / function.sharing
         lowered = traced.lower()
         middle = time.monotonic()
         common = {
@@ -90,6 +92,15 @@ def measure(function: Function, topology: Topology) -> Report:
     moved = traffic.hbm_bytes(text, function.steps) if text else touched
     between = collectives.read(text, topology.chips, function.steps)
     chip = topology.chip
+    seconds = {
+        "compute": counted / chip.flops / function.steps,
+        "memory": moved / chip.bandwidth / function.steps,
+        "interconnect": sum(c.sent for c in between) / chip.wire / function.steps,
+    }
+    expected = 0.0
+    if chip.clock and (cycles := estimate.cycles(text, function.steps)):
+        # What the compiler has no number for, as fast as it can be.
+        expected = (cycles / chip.clock + in_kernels / chip.flops) / function.steps + seconds["interconnect"]
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (
         memory.argument_size_in_bytes
@@ -107,11 +118,8 @@ def measure(function: Function, topology: Topology) -> Report:
         code_bytes=memory.generated_code_size_in_bytes,
         moved_bytes=moved,
         touched_bytes=touched,
-        seconds={
-            "compute": counted / chip.flops / function.steps,
-            "memory": moved / chip.bandwidth / function.steps,
-            "interconnect": sum(c.sent for c in between) / chip.wire / function.steps,
-        },
+        seconds=seconds,
+        expected_seconds=expected,
         collectives={kind: told._asdict() for kind, told in collectives.by_kind(between).items()},
         compile_seconds=taken,
     )

@@ -3,15 +3,20 @@
 import json
 from collections.abc import Sequence
 
+from tav_jax.plan import keep
 from tav_jax.plan.advice import Advice, per_chip
 from tav_jax.plan.chips import GIB
 from tav_jax.plan.job import Job
 from tav_jax.plan.measure import Report
 
-COLUMNS = ("", "fits", "peak", "arguments", "temporary", "code", "beside", "TFLOP", "moved", "a step", "limit", "all")
+COLUMNS = (
+    *("", "fits", "peak", "arguments", "temporary", "code", "beside"),
+    *("TFLOP", "moved", "a step", "limit", "expected", "all"),
+)
 LEGEND = """\
 GiB per chip, of {hbm:.2f}; beside: what the run keeps meanwhile. TFLOP, and GB moved over HBM: per chip and step.
-A step takes at least so long, by its limit; all: all steps of an inversion or of a sample, and one step of tuning."""
+A step takes at least so long, by its limit; expected: what the compiler reckons with, where it says so.
+All: at least so long for all steps of an inversion or of a sample, and one step of tuning."""
 
 
 def text(job: Job, reports: Sequence[Report], advice: dict[str, list[Advice]]) -> str:
@@ -30,7 +35,8 @@ def text(job: Job, reports: Sequence[Report], advice: dict[str, list[Advice]]) -
             for kind, c in report.collectives.items()
         ):
             lines.append(f"{report.name}, between the chips, per step: {told}")
-    lines.append("Compiled in " + ", ".join(f"{r.name} {r.compile_seconds:.0f} s" for r in reports) + ".")
+    level = keep.optimization() and f", with JAX_OPTIMIZATION_LEVEL={keep.optimization()}"
+    lines.append("Compiled in " + ", ".join(f"{r.name} {r.compile_seconds:.0f} s" for r in reports) + f"{level}.")
     for report in reports:
         if not report.fits:
             lines += ["", *_refusal(report, advice.get(report.name, []))]
@@ -42,7 +48,7 @@ def _row(r: Report) -> tuple[str, ...]:
         return f"{n / GIB:.2f}"
 
     if not r.seconds:
-        return r.name, "no", gib(r.peak_bytes) if r.peak_bytes else "?", gib(r.argument_bytes), *("",) * 8
+        return r.name, "no", gib(r.peak_bytes) if r.peak_bytes else "?", gib(r.argument_bytes), *("",) * 9
     return (
         r.name,
         "yes" if r.fits else "no",
@@ -51,6 +57,7 @@ def _row(r: Report) -> tuple[str, ...]:
         f"{r.moved_bytes / r.steps / 1e9:.1f}",
         seconds(r.step_seconds),
         r.limit,
+        seconds(r.expected_seconds) if r.expected_seconds else "",
         seconds(r.step_seconds * r.job_steps),
     )
 
@@ -90,6 +97,7 @@ def one_line(job: Job, reports: Sequence[Report], advice: dict[str, list[Advice]
             "height": job.height,
             "width": job.width,
             "remat": job.remat,
+            "optimization": keep.optimization(),
             "fits": all(report.fits for report in reports),
             "functions": {report.name: report.told() for report in reports},
             "would_fit": {name: [[a.change, a.report.peak_bytes] for a in some] for name, some in advice.items()},
