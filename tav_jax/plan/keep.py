@@ -28,7 +28,7 @@ def version(package: str) -> str:
 
 def optimization() -> str:
     """How hard the compiler tries, as JAX_OPTIMIZATION_LEVEL asks for; empty where nothing is asked for."""
-    level = str(jax.config.jax_optimization_level)
+    level = str(jax.config.jax_optimization_level)  # pyright: ignore[reportAttributeAccessIssue]
     return "" if level == "UNKNOWN" else level
 
 
