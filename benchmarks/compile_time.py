@@ -3,7 +3,8 @@
     pip install libtpu
     python benchmarks/compile_time.py > benchmarks/compile_time.md
 
-Processor seconds and bytes of code. Six convolutions alike are a chain: the compiler may find what it has done already.
+Processor seconds and bytes of code. Six convolutions alike are a chain, and so are two blocks: the compiler may find
+what it has done already. Blocks are compiled as a step of tuning has them, computed again for the backward pass.
 Attention of few tokens (16²) is plain XLA, as in the UNet.
 """
 
@@ -17,10 +18,15 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tav_jax.kernels import ENOUGH_TOKENS, attend_frames
+from tav_jax.models import UNetConfig
+from tav_jax.models.remat import policy
+from tav_jax.models.unet import Parts
+from tav_jax.training import is_trainable
 
 LEVELS = ((64, 320, 8), (32, 640, 8), (16, 1280, 8))  # side, channels, heads
 FRAMES = 4
@@ -31,10 +37,15 @@ class Took(NamedTuple):
     code: int
 
 
-def compiled(function: Any, *shapes: tuple[int, ...], device: Any, **options: bool) -> Took:
+def compiled(function: Any, *arguments: Any, device: Any, **options: Any) -> Took:
+    """Arguments are shapes of bfloat16, or trees of such as say their own type."""
     where = SingleDeviceSharding(device)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in shapes]
-    lowered = jax.jit(function).lower(*arguments)
+
+    def lies(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), x)
+
+    known = [jax.ShapeDtypeStruct(x, jnp.bfloat16) if isinstance(x, tuple) else x for x in arguments]
+    lowered = jax.jit(function).lower(*map(lies, known))
     begin = time.process_time()
     done = lowered.compile(compiler_options=options or None)
     return Took(time.process_time() - begin, done.memory_analysis().generated_code_size_in_bytes)
@@ -56,6 +67,36 @@ def attend(q, k, v):
 
 def attend_and_back(q, k, v, g):
     return jax.vjp(attend, q, k, v)[1](g)
+
+
+def blocks(kind: str, side: int, channels: int, heads: int, count: int) -> tuple[Any, ...]:
+    """A chain of resnets or transformers with its gradient, and what it takes."""
+    config = UNetConfig(kernel="fused")
+
+    def chain():
+        parts = Parts(config, jnp.bfloat16, nnx.Rngs(0))
+        make = {
+            "resnet": lambda: parts.resnet(channels, channels),
+            "transformer": lambda: parts.transformer(channels, heads),
+        }
+        return nnx.Dict(mid_block=nnx.List([make[kind]() for _ in range(count)]))  # a name that has weights to learn
+
+    graph, trained, frozen = nnx.split(nnx.eval_shape(chain), is_trainable(), ...)
+    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen)
+    beside = (1, 4 * config.block_out_channels[0]) if kind == "resnet" else (1, 77, config.cross_attention_dim)
+    picture = (1, FRAMES, side, side, channels)
+
+    def forward(trained, frozen, x, beside):
+        for block in nnx.merge(graph, trained, frozen)["mid_block"]:
+            x = policy("block").block(block, x, beside, None)
+        return x
+
+    def both(trained, frozen, x, beside, g):
+        y, back = jax.vjp(lambda trained, x: forward(trained, frozen, x, beside), trained, x)
+        return y, *back(g)
+
+    return both, trained, frozen, picture, beside, picture
 
 
 def rows(device: Any) -> Iterator[str]:
@@ -83,6 +124,14 @@ def rows(device: Any) -> Iterator[str]:
     }
     for name, options in ways.items():
         yield row(f"six convolutions alike{name}", compiled(chain, picture, *kernels, device=device, **options))
+    for side, channels, heads in LEVELS:
+        for kind in ("resnet", "transformer"):
+            for count, said in ((1, f"a {kind}"), (2, f"two {kind}s")):
+                took = compiled(*blocks(kind, side, channels, heads, count), device=device)
+                yield row(f"{said} with gradient, {channels} channels at {side}²", took)
+    jax.config.update("jax_optimization_level", "O1")
+    took = compiled(*blocks("transformer", *LEVELS[0], 1), device=device)
+    yield row(f"a transformer with gradient, {LEVELS[0][1]} channels at {LEVELS[0][0]}², `O1`", took)
 
 
 def main() -> int:
