@@ -22,11 +22,11 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from tav_jax.kernels import ENOUGH_TOKENS, attend_frames
+from tav_jax.kernels import MIN_KERNEL_TOKENS, frame_attention
 from tav_jax.models import UNetConfig
 from tav_jax.models.remat import policy
 from tav_jax.models.unet import Parts
-from tav_jax.training import is_trainable
+from tav_jax.training.train_step import trainable_filter
 
 LEVELS = ((64, 320, 8), (32, 640, 8), (16, 1280, 8))  # side, channels, heads
 FRAMES = 4
@@ -61,12 +61,12 @@ def chain(x, *kernels):
     return x
 
 
-def attend(q, k, v):
-    return attend_frames(q, k, v, "sparse-causal", "fused")
+def full_attention(q, k, v):
+    return frame_attention(q, k, v, "sparse-causal", "fused")
 
 
 def attend_and_back(q, k, v, g):
-    return jax.vjp(attend, q, k, v)[1](g)
+    return jax.vjp(full_attention, q, k, v)[1](g)
 
 
 def blocks(kind: str, side: int, channels: int, heads: int, count: int) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ def blocks(kind: str, side: int, channels: int, heads: int, count: int) -> tuple
         }
         return nnx.Dict(mid_block=nnx.List([make[kind]() for _ in range(count)]))  # a name that has weights to learn
 
-    graph, trained, frozen = nnx.split(nnx.eval_shape(chain), is_trainable(), ...)
+    graph, trained, frozen = nnx.split(nnx.eval_shape(chain), trainable_filter(), ...)
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen)
     beside = (1, 4 * config.block_out_channels[0]) if kind == "resnet" else (1, 77, config.cross_attention_dim)
@@ -113,8 +113,8 @@ def rows(device: Any) -> Iterator[str]:
         qkv = (1, FRAMES, side * side, heads, channels // heads)
         yield row(f"convolution 3 × 3, {at}", compiled(convolve, picture, (3, 3, channels, channels), device=device))
         yield row(f"product of matrices, {at}", compiled(jnp.matmul, picture, (channels, 4 * channels), device=device))
-        kernel = "kernel" if side * side >= ENOUGH_TOKENS else "attention, plain"
-        yield row(f"sparse-causal {kernel}, {at}", compiled(attend, qkv, qkv, qkv, device=device))
+        kernel = "kernel" if side * side >= MIN_KERNEL_TOKENS else "attention, plain"
+        yield row(f"sparse-causal {kernel}, {at}", compiled(full_attention, qkv, qkv, qkv, device=device))
         yield row(f"the same with its gradient, {at}", compiled(attend_and_back, *(qkv,) * 4, device=device))
     picture, kernels = (FRAMES, 32, 32, 640), [(3, 3, 640, 640)] * 6
     ways = {

@@ -60,17 +60,20 @@ def ours(job: str, model: Path, size: Size) -> Job:
     import jax.numpy as jnp
     from transformers import CLIPTokenizer  # noqa: F401  imported late by ours: here it is no part of loading
 
-    from tav_jax import TuneAVideo, programs
+    from tav_jax import TuneAVideo
+    from tav_jax.diffusion import programs
 
     def load() -> int:
         tav = TuneAVideo.from_pretrained(model, dtype="float32")
         assert tav.tokenizer
-        return sum(x.size for x in jax.tree.leaves((tav.parts.unet, tav.parts.vae, tav.parts.text_encoder)))
+        return sum(
+            x.size for x in jax.tree.leaves((tav.components.unet, tav.components.vae, tav.components.text_encoder))
+        )
 
     if job == "load":
         return load
     tav = TuneAVideo.from_pretrained(model, dtype="float32")
-    latents = jnp.asarray(start(size, tav.parts.vae.config.downsampling))
+    latents = jnp.asarray(start(size, tav.components.vae.config.downsampling))
 
     if job.startswith("tune"):
         posterior, remat = (latents, jnp.zeros_like(latents)), job == "tune-remat"
@@ -80,17 +83,17 @@ def ours(job: str, model: Path, size: Size) -> Job:
         def step() -> int:
             nonlocal learner
             learner, _ = jax.block_until_ready(advance(learner, next(count)))
-            return len(jax.tree.leaves(learner.trained))
+            return len(jax.tree.leaves(learner.params))
 
         return step
 
     guided = job == "sample"
     text = tav.encode_text(["", PROMPT] if guided else "")
-    ladder = tav.schedule.sampling(size.walk) if guided else tav.schedule.inversion(size.walk)
+    ladder = tav.schedule.sampling_steps(size.walk) if guided else tav.schedule.inversion_steps(size.walk)
     options = {"prediction": tav.schedule.prediction, "use_guidance": guided, "trajectory": False}
 
     def walk() -> float:
-        last, _ = programs.walk_latents(tav.parts.unet, latents, text, ladder, jnp.float32(GUIDANCE), **options)
+        last, _ = programs.denoise_loop(tav.components.unet, latents, text, ladder, jnp.float32(GUIDANCE), **options)
         return float(last.std())
 
     return walk
@@ -214,17 +217,18 @@ def write_sd14(model: Path) -> None:
     """Stable Diffusion 1.4's shapes with fresh weights, the tiny model's words, and a UNet that is inflated already."""
     from flax import nnx
 
-    from tav_jax import layout, models, weights
+    from tav_jax import models
+    from tav_jax.io import diffusers_layout, weights
 
     unet, vae, text = models.UNetConfig.sd1(), models.VAEConfig(), models.ClipTextConfig.sd1()
-    configs = dict(layout.Layout.open(SMALL).configs)
+    configs = dict(diffusers_layout.Layout.open(SMALL).configs)
     configs["unet"] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
     configs["vae"] |= {"block_out_channels": vae.block_out_channels, "layers_per_block": 2, "norm_num_groups": 32}
     configs["vae"] |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     configs["text_encoder"] |= vars(text)
     kinds = ((models.UNet, unet), (models.VAE, vae), (models.ClipText, text))
     networks = [build(config, rngs=nnx.Rngs(seed)) for seed, (build, config) in enumerate(kinds)]
-    shape = layout.Layout(SMALL, {}, configs, unet, vae, text)
+    shape = diffusers_layout.Layout(SMALL, {}, configs, unet, vae, text)
     weights.save(weights.Pipeline(shape, *networks, old_vae_names=True, fingerprint=""), model)
 
 

@@ -48,10 +48,10 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
     import jax.numpy as jnp
     from flax import nnx
 
-    from tav_jax import training
-    from tav_jax.diffusion.sampling import guided
+    from tav_jax.diffusion.samplers import guided
     from tav_jax.models import UNet, UNetConfig
     from tav_jax.plan import flops
+    from tav_jax.training import train_step
 
     config = UNetConfig.sd1()
     if a.small:
@@ -59,7 +59,7 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
     config = type(config)(**{**vars(config), "kernel": kernel})
     wide = jnp.bfloat16
     graph, trained, frozen = nnx.split(
-        nnx.eval_shape(lambda: UNet(config, dtype=wide, rngs=nnx.Rngs(0))), training.is_trainable(), ...
+        nnx.eval_shape(lambda: UNet(config, dtype=wide, rngs=nnx.Rngs(0))), train_step.trainable_filter(), ...
     )
     keys = map(jax.random.key, itertools.count())
 
@@ -75,17 +75,17 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
     text = jax.random.normal(next(keys), (JOBS[job], 77, config.cross_attention_dim))
 
     if job == "tune":
-        learner = training.Learner.create(trained)
-        hyper = training.Hyper(*(jnp.float32(x) for x in (3e-5, 1e-2, 1.0)))
+        learner = train_step.TrainState.create(trained)
+        hyper = train_step.Hyperparameters(*(jnp.float32(x) for x in (3e-5, 1e-2, 1.0)))
         rest = (latents, jnp.ones_like(latents), text, jnp.linspace(0.999, 0.005, 1000), hyper)
         options = {"prediction": "epsilon", "remat": a.remat}
         arguments = (graph, learner, frozen, jax.random.key(0), jnp.int32(0), *rest)
-        count = flops.count(training.tune_step.trace(*arguments, **options).jaxpr)
+        count = flops.count(train_step.tune_step.trace(*arguments, **options).jaxpr)
 
         def step() -> None:
             nonlocal learner
             learner, _ = jax.block_until_ready(
-                training.tune_step(graph, learner, frozen, jax.random.key(0), jnp.int32(0), *rest, **options)
+                train_step.tune_step(graph, learner, frozen, jax.random.key(0), jnp.int32(0), *rest, **options)
             )
     else:
         unet = nnx.merge(graph, trained, frozen)

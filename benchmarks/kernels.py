@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from tav_jax.kernels import attend_frames
-from tav_jax.kernels.splash import BLOCK
+from tav_jax.kernels import frame_attention
+from tav_jax.kernels.attention import BLOCK
 
 KERNELS = ("plain", "splash", "fused")
 
@@ -75,7 +75,7 @@ def compiled(kernel: str, way: str, shape: Shape, frames: int, device: Any) -> d
 
     def forward(*qkv):
         heads = (x.reshape(*x.shape[:-1], shape.heads, shape.dim) for x in qkv)
-        return attend_frames(*heads, "sparse-causal", kernel).reshape(rows.shape)
+        return frame_attention(*heads, "sparse-causal", kernel).reshape(rows.shape)
 
     def gradient(q, k, v, g):
         return jax.vjp(forward, q, k, v)[1](g)

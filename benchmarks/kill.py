@@ -39,13 +39,13 @@ PATIENCE = 600  # seconds for one process
 def write_clip(file: Path) -> Path:
     """The demo's clip, as a video file."""
     from tav_jax import Clip
-    from tav_jax.sprites.edits import FPS, source_clip
+    from tav_jax.demo.edits import FPS, source_clip
 
     return Clip(source_clip(None, 4).frames, FPS).save(file)
 
 
 def command(clip: Path, workdir: Path, *, steps: int = STEPS) -> list[str]:
-    from tav_jax.sprites.edits import MODEL
+    from tav_jax.demo.edits import MODEL
 
     settings = {
         "model.path": MODEL,
@@ -163,7 +163,8 @@ def lines(workdir: Path) -> list[tuple[int, float, float]]:
 
 def losses_of(whole: Path, killed: Path) -> list[str]:
     """What was lost or spoiled in `killed`, in words; nothing is the hope."""
-    from tav_jax import load_video, seals
+    from tav_jax import load_video
+    from tav_jax.training import checksums
 
     lost = []
     one, two = learned(whole), learned(killed)
@@ -185,7 +186,7 @@ def losses_of(whole: Path, killed: Path) -> list[str]:
         except ValueError as error:
             lost.append(f"{file} does not parse: {error}")
     steps = {x.name for x in (killed / "checkpoints").iterdir() if x.name.isdecimal()}
-    lost += [f"checkpoint {s}: {why}" for s in steps if (why := seals.flaw(killed / "checkpoints" / s))]
+    lost += [f"checkpoint {s}: {why}" for s in steps if (why := checksums.flaw(killed / "checkpoints" / s))]
     lost += [
         f"{x} was left behind" for x in killed.rglob("*") if _hidden(str(x)) or "tmp" in x.name or "damaged" in x.name
     ]
@@ -194,7 +195,8 @@ def losses_of(whole: Path, killed: Path) -> list[str]:
 
 def half_written(workdir: Path) -> list[str]:
     """What stands under a final name and is not whole, at the moment of a kill."""
-    from tav_jax import TavError, load_video, seals
+    from tav_jax import TavError, load_video
+    from tav_jax.training import checksums
 
     bad = []
     for file in workdir.rglob("*"):
@@ -208,7 +210,7 @@ def half_written(workdir: Path) -> list[str]:
                 load_video(file)
         except (ValueError, TavError) as error:
             bad.append(f"{file}: {error}")
-    found = seals.examine(workdir / "checkpoints")
+    found = checksums.examine(workdir / "checkpoints")
     bad += [f"checkpoint {step} is damaged: {why}" for step, why in found.damaged]
     return bad
 

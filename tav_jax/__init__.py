@@ -1,4 +1,4 @@
-"""One-shot video tuning on JAX: one clip and one sentence in, edited clips out."""
+"""One-shot video tuning on JAX: from one clip and one sentence to edited clips."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -7,20 +7,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tav_jax.errors import InputError, MissingError, TavError, WeightsError
-    from tav_jax.pipeline import Edit, TuneAVideo
-    from tav_jax.prompts import PromptCut
-    from tav_jax.video import Clip, load_video
+    from tav_jax.io.tokenizer import PromptCut
+    from tav_jax.io.video import Clip, Edit, load_video
+    from tav_jax.pipeline import TuneAVideo
 
-_HOMES = {
-    "Clip": "video",
-    "Edit": "pipeline",
+_MODULES = {
+    "Clip": "io.video",
+    "Edit": "io.video",
     "InputError": "errors",
     "MissingError": "errors",
-    "PromptCut": "prompts",
+    "PromptCut": "io.tokenizer",
     "TavError": "errors",
     "TuneAVideo": "pipeline",
     "WeightsError": "errors",
-    "load_video": "video",
+    "load_video": "io.video",
 }
 __all__ = [
     "Clip",
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Imported when first used: `import tav_jax` and `tav --help` do not wait for JAX."""
-    if name not in _HOMES:
+    """Public names are imported at first use, so that `import tav_jax` and `tav --help` do not load JAX."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

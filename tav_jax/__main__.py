@@ -1,6 +1,6 @@
-"""`python -m tav_jax`, the same as `tav`."""
+"""`python -m tav_jax` is `tav`."""
 
-from tav_jax.cli import entry
+from tav_jax.cli.main import entry
 
 if __name__ == "__main__":
     entry()

@@ -1,88 +1,103 @@
-"""The settings of a run: the paper's by default, checked as a whole before anything is loaded.
+"""Every setting of a run: default, type, range and check. The one place for names and limits that other modules share.
 
-A config file in `configs/` has a `get_config()` that starts from the one here and changes what it must.
+A config file in `configs/` has a `get_config()` that starts from the one here and changes what it needs. A config is
+checked as a whole, before anything is loaded.
 """
 
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ml_collections import ConfigDict
+from tav_jax.errors import InputError, is_utf8, join_names, short_repr
 
-from tav_jax.errors import InputError, brief, is_text, listed
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+SpatialAttention = Literal["sparse-causal", "first-frame", "per-frame"]
+Kernel = Literal["plain", "fused", "splash", "cudnn", "interpret"]
+Remat = Literal["none", "products", "attention", "block", "level"]  # from most memory to least
+
+TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
+UNET_PARTS = ("down", "mid", "up")
+DTYPES = ("bfloat16", "float16", "float32")
+SAMPLERS = {"ddim": "tav_jax.diffusion.samplers.DDIM"}  # name → class, imported when it is used
+
+MAX_SIDE = 8192  # pixels
+MAX_TEXT, MAX_LIST, MAX_PROBLEMS = 100_000, 10_000, 20  # characters of a text, items of a list, complaints in one error
 
 
-def get_config() -> ConfigDict:
-    """The paper's setting: 24 frames of 512², 500 steps at 3e-5, 50 + 50 DDIM steps, guidance 12.5."""
+def get_config() -> "ConfigDict":
+    """The paper's settings: 24 frames of 512², 500 steps at 3e-5, 50 + 50 DDIM steps, guidance 12.5."""
+    from ml_collections import ConfigDict
+
     return ConfigDict(
         {
             "model": {
                 "path": "CompVis/stable-diffusion-v1-4",  # a directory, a hub id or a bucket path
-                "dtype": "bfloat16",  # of frozen weights and arithmetic; trained weights are float32
+                "dtype": "bfloat16",  # of frozen weights and of the arithmetic; trained weights are float32
                 "spatial_attention": "sparse-causal",  # or first-frame, per-frame
                 "temporal_attention": True,
-                "kernel": "auto",  # of the spatial attention; or plain, fused, splash, cudnn
+                "kernel": "auto",  # for spatial attention: auto, plain, fused, splash or cudnn
             },
             "clip": {
                 "path": "",
                 "prompt": "",
-                "frames": 24,  # 0: all that fit
+                "frames": 24,  # 0: all
                 "height": 512,
                 "width": 512,
                 "start": 0,
                 "stride": 1,
-                "fit": "crop",  # or stretch, as the official code does
+                "fit": "crop",  # or stretch, as in the official code
             },
             "train": {
                 "steps": 500,
                 "learning_rate": 3e-5,
                 "weight_decay": 1e-2,
                 "max_grad_norm": 1.0,
-                # Suffixes of module names; with any of down, mid, up only in these parts of the UNet.
-                "trainable": ("attn1.to_q", "attn2.to_q", "attn_temp"),
-                "remat": "block",  # what is kept for the backward pass; see REMAT
+                # Suffixes of module names. With any of down, mid, up in the list, only in these parts of the UNet.
+                "trainable": TRAINABLE,
+                "remat": "block",  # what is kept for the backward pass, see models/remat.py
                 "checkpoint_every": 100,  # 0: only at the end
                 "keep_newest": 2,
-                "keep_every": 0,  # and every such step for good; 0: none
-                "preview_every": 100,  # the edit prompts from the inverted clip; 0: never
+                "keep_every": 0,  # keep every such step for good; 0: none
+                "preview_every": 100,  # sample the edit prompts from the inverted clip; 0: never
             },
             "edit": {
                 "prompts": (),
                 "negative_prompt": "",
                 "steps": 50,
+                "sampler": "ddim",
                 "guidance": 12.5,
-                "strength": 1.0,  # the share of the steps that the prompt leads; less keeps more of the clip
+                "strength": 1.0,  # the share of the sampling steps that use the prompt; less keeps more of the clip
                 "inversion_steps": 50,
             },
             "log": {
                 "tensorboard": False,
                 "wandb": "",  # a project's name
-                "profile_step": 0,  # the first step of a profiler window; 0: none
+                "profile_step": 0,  # first step to profile; 0: none
                 "profile_steps": 3,
             },
             "mesh": {
-                "data": 0,  # devices for prompts and the halves of guidance; 0: what fits
-                "frames": 0,  # devices for the clip's frames; 0: what fits
-                "fsdp": False,  # keep what is trained, and its moments, in parts over all devices
+                "data": 0,  # devices over prompts and guidance rows; 0: chosen to use all devices
+                "frames": 0,  # devices over the clip's frames; 0: chosen to use all devices
+                "fsdp": False,  # shard trained weights and optimizer state over all devices
             },
             "seed": 33,
         }
     )
 
 
-# What may be different when a run continues; everything else would make it another run.
+# What may differ when a run continues. Any other difference makes it another run.
 MAY_CHANGE = ("train.steps", "train.preview_every", "train.remat", "edit.", "log.", "mesh.", "model.kernel")
 
-# From the fastest to the leanest; what each keeps is told in models/remat.py.
-REMAT = ("none", "products", "attention", "block", "level")
-
-CHOICES = {
-    "model.dtype": ("bfloat16", "float16", "float32"),
-    "model.spatial_attention": ("sparse-causal", "first-frame", "per-frame"),
-    "model.kernel": ("auto", "plain", "fused", "splash", "cudnn", "interpret"),
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": DTYPES,
+    "model.spatial_attention": get_args(SpatialAttention),
+    "model.kernel": ("auto", *get_args(Kernel)),
     "clip.fit": ("crop", "stretch"),
-    "train.remat": REMAT,
+    "train.remat": get_args(Remat),
+    "edit.sampler": tuple(SAMPLERS),
 }
 # name → least, most
 RANGES = {
@@ -108,55 +123,108 @@ RANGES = {
 }
 
 
-LONGEST, LONGEST_LIST, MOST = 100_000, 10_000, 20  # characters of a text, texts of a list, complaints at once
+# ------------------------------------------------------------------------------------------------ checks of one value
+
+
+def check_choice(setting: str, value: Any) -> None:
+    """Refuse a value that is not among the setting's CHOICES. Named in the error as in Python, without its section."""
+    if value not in CHOICES[setting]:
+        raise InputError(f"{setting.split('.')[1]} is {value!r}; it must be one of {', '.join(CHOICES[setting])}")
+
+
+def remat_name(remat: str | bool) -> str:
+    """The policy's name; True and False stand for `block` and `none`."""
+    name = {True: "block", False: "none"}[remat] if isinstance(remat, bool) else remat
+    check_choice("train.remat", name)
+    return name
+
+
+def check_size(height: Any, width: Any, factor: int | None = None, *, most: int = MAX_SIDE, prefix: str = "") -> None:
+    """Refuse sides that are not multiples of the VAE's down-sampling factor. Before a model is known (None), only
+    what no Stable Diffusion VAE takes is refused: their factors are 8, and 4 in small ones."""
+    for name, value in ((f"{prefix}height", height), (f"{prefix}width", width)):
+        if problem := _side_problem(name, value, factor, most):
+            raise InputError(problem)
+
+
+def _side_problem(name: str, value: Any, factor: int | None, most: int = MAX_SIDE) -> str | None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return f"{name} is {short_repr(value)}; it must be a whole number, a multiple of {factor or 8}"
+    step = factor or 8
+    if value > most:
+        return f"{name} is {short_repr(value)}; it must be a multiple of {step}, at most {most}"
+    if value < (factor or 4) or value % (factor or 4):
+        below = max(value, 0) // step * step
+        fix = f"{below} or {below + step}" if below else f"{step}"
+        note = "" if factor else " (of 4 for a VAE with fewer levels than Stable Diffusion's)"
+        return f"{name} {short_repr(value)} is not a multiple of {step}{note}; use {fix}"
+    return None
+
+
+def check_edit_steps(edit: Any) -> None:
+    """The timesteps of sampling are a subset of the inversion's, so there cannot be more of them."""
+    if edit.steps > edit.inversion_steps:
+        raise InputError(
+            f"edit.steps is {edit.steps} and edit.inversion_steps is {edit.inversion_steps}; sample with at most "
+            f"{edit.inversion_steps} steps, or raise edit.inversion_steps to {edit.steps}"
+        )
+
+
+# --------------------------------------------------------------------------------------------- checks of a whole config
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("train.steps", 500), …"""
     for name, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
+        if _is_table(value):
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (hasattr(value, "items") and hasattr(value, "to_dict"))
+
+
 def unknown(names: Iterable[str]) -> list[str]:
-    """A complaint about each name that is no setting, with the nearest that is."""
+    """A complaint about every name that is not a setting, with the nearest setting."""
     known = dict(leaves(get_config()))
     complaints = []
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.5)
-            complaints.append(f"{listed([str(name)])} is not a setting{f', did you mean {near[0]}' if near else ''}")
+            complaints.append(
+                f"{join_names([str(name)])} is not a setting{f', did you mean {near[0]}' if near else ''}"
+            )
     return complaints
 
 
-def validate(config: Any) -> ConfigDict:
-    """The config with its defaults filled in, or one error that names everything that is wrong with it."""
+def validate(config: Any) -> "ConfigDict":
+    """The config with its defaults filled in, or one error that names every problem."""
     known = dict(leaves(get_config()))
-    if not isinstance(config, Mapping | ConfigDict):
-        raise InputError(f"the config is {brief(config)}, expected a table of settings as get_config() gives one")
+    if not _is_table(config):
+        raise InputError(f"the config is {short_repr(config)}, expected a table of settings as get_config() returns")
     try:
-        told = list(leaves(config))
-    except (RecursionError, TypeError, KeyError, ValueError) as error:  # references that lead nowhere, or in a circle
-        raise InputError(f"the config cannot be read ({brief(str(error))}); start from get_config()") from error
-    problems, given = unknown(name for name, _ in told), {}
-    for name, value in told:
+        given = list(leaves(config))
+    except (RecursionError, TypeError, KeyError, ValueError) as error:  # dangling or circular references
+        raise InputError(f"the config cannot be read ({short_repr(str(error))}); start from get_config()") from error
+    problems, values = unknown(name for name, _ in given), {}
+    for name, value in given:
         if name not in known:
             continue
         if name == "train.remat":
-            value = {"true": "block", "false": "none"}.get(str(value).lower(), value)  # as it was said at first
-        if (fitting := _as_type(value, known[name])) is None:
-            problems.append(f"{name} is {brief(value)}, expected {_kind(known[name])} such as {known[name]!r}")
+            value = {"true": "block", "false": "none"}.get(str(value).lower(), value)  # a bool in early versions
+        if (converted := _as_type(value, known[name])) is None:
+            problems.append(f"{name} is {short_repr(value)}, expected {_kind(known[name])} such as {known[name]!r}")
         else:
-            given[name] = fitting
-    for name, value in given.items():
+            values[name] = converted
+    for name, value in values.items():
         problems += _problems(name, value)
     if problems:
-        more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
-        raise InputError(f"the config cannot be used: {'; '.join(problems[:MOST])}{more}")
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise InputError(f"the config cannot be used: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
     full = get_config()
-    full.update_from_flattened_dict({**known, **given})
+    full.update_from_flattened_dict({**known, **values})
     return full
 
 
@@ -166,60 +234,61 @@ def _kind(default: Any) -> str:
 
 
 def _as_type(value: Any, default: Any) -> Any:
-    """The value in the default's type, or None where it does not fit."""
+    """The value in the default's type, None where it cannot be converted."""
     if isinstance(default, tuple):
-        fits = isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
-        return tuple(value) if fits else None
+        valid = isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+        return tuple(value) if valid else None
     if isinstance(default, float) and type(value) is int:
         return float(value) if abs(value) < 10**300 else None
     return value if type(value) is type(default) else None
 
 
-def _in_words(name: str, value: Any) -> Iterator[str]:
+def _text_problems(name: str, value: Any) -> Iterator[str]:
     texts = value if isinstance(value, tuple) else (value,) * isinstance(value, str)
     for text in texts:
-        # The name of a file may be any bytes but NUL; words must be words.
-        if "\0" in text or (not name.endswith(".path") and not is_text(text)):
-            yield f"{name} is {brief(text)}; it must be a text, without NUL and in UTF-8"
-        elif len(text) > LONGEST:
-            yield f"{name} has {len(text)} characters; it must have at most {LONGEST}"
-    if len(texts) > LONGEST_LIST:
-        yield f"{name} is a list of {len(texts)}; it must have at most {LONGEST_LIST}"
+        # A file name may be any bytes but NUL; a prompt must be valid text.
+        if "\0" in text or (not name.endswith(".path") and not is_utf8(text)):
+            yield f"{name} is {short_repr(text)}; it must be a text, without NUL and in UTF-8"
+        elif len(text) > MAX_TEXT:
+            yield f"{name} has {len(text)} characters; it must have at most {MAX_TEXT}"
+    if len(texts) > MAX_LIST:
+        yield f"{name} is a list of {len(texts)}; it must have at most {MAX_LIST}"
 
 
 def _problems(name: str, value: Any) -> Iterator[str]:
-    yield from _in_words(name, value)
+    yield from _text_problems(name, value)
     if name in CHOICES and value not in CHOICES[name]:
-        yield f"{name} is {brief(value)}; it must be one of {', '.join(CHOICES[name])}"
-    if name in ("clip.height", "clip.width") and not (8 <= value <= 8192 and value % 4 == 0):
-        below = min(max(value // 8 * 8, 8), 8184)
-        yield f"{name} {brief(value)} is not a multiple of 8 from 8 to 8192; use {below} or {below + 8}"
+        yield f"{name} is {short_repr(value)}; it must be one of {', '.join(CHOICES[name])}"
+    if name in ("clip.height", "clip.width") and (problem := _side_problem(name, value, None)):
+        yield problem
     if name in RANGES:
         least, most = RANGES[name]
         if not least <= value <= most:
-            yield f"{name} is {brief(value)}; it must be {least} to {most}"
+            yield f"{name} is {short_repr(value)}; it must be {least} to {most}"
     if name == "train.max_grad_norm" and not value > 0:
         yield f"{name} is {value!r}; it must be above 0"
-    if name == "train.trainable" and not set(value) - {"down", "mid", "up"}:
-        yield f"{name} is {brief(value)}; it must name at least one kind of layer, such as 'attn_temp'"
+    if name == "train.trainable" and not set(value) - set(UNET_PARTS):
+        yield f"{name} is {short_repr(value)}; it must name at least one kind of layer, such as 'attn_temp'"
 
 
 def to_json(config: Any) -> str:
     return json.dumps(config.to_dict(), indent=2, default=list) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str) -> "ConfigDict":
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the config is no readable JSON ({brief(str(error))}); bring the kept one back") from error
+        raise InputError(
+            f"the config is not readable JSON ({short_repr(str(error))}); restore it from a copy"
+        ) from error
     if not isinstance(table, dict):
-        raise InputError(f"the config is {brief(table)}, expected a table of settings; bring the kept one back")
+        raise InputError(f"the config is {short_repr(table)}, expected a table of settings; restore it from a copy")
     return validate(table)
 
 
 def differences(before: Any, now: Any) -> list[str]:
-    """What keeps `now` from continuing a run that was started with `before`."""
+    """The settings that keep `now` from continuing a run that was started with `before`."""
     old = dict(leaves(before))
     return [
         f"{name} was {old[name]!r} and is {value!r}"

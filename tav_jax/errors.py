@@ -1,6 +1,6 @@
-"""What goes wrong on the user's side, said in one sentence: the value, the limit and the mend.
+"""Errors that a user can fix. Each is one sentence with the value, the limit and the fix.
 
-The command line prints the sentence and exits with `exit_code`; a notebook sees a typed exception.
+The command line prints the sentence and exits with `exit_code`; in Python they are typed exceptions.
 """
 
 import reprlib
@@ -12,19 +12,19 @@ _REPR.maxlevel, _REPR.maxtuple, _REPR.maxlist, _REPR.maxdict = 3, 8, 8, 8
 _REPR.maxstring = _REPR.maxother = 120
 
 
-def brief(value: Any) -> str:
-    """A foreign value as a sentence can hold it: on one line, and short whatever it is."""
+def short_repr(value: Any) -> str:
+    """The repr of an untrusted value, on one line and cut to a length that fits a sentence."""
     return _REPR.repr(value)[:240]
 
 
-def listed(words: Sequence[str], most: int = 12) -> str:
-    """Several of a kind, the first dozen by name: a file made to annoy may have a million. Each stays on one line."""
-    names = [word[:120] if word[:120].isprintable() else brief(word) for word in words[:most]]
-    return ", ".join(names) + (f" and {len(words) - most} more" if len(words) > most else "")
+def join_names(names: Sequence[str], most: int = 12) -> str:
+    """Names separated by commas, on one line: the first dozen, and how many more there are."""
+    shown = [name[:120] if name[:120].isprintable() else short_repr(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: what a terminal or a file hands over may hold other bytes."""
+def is_utf8(text: str) -> bool:
+    """Whether the text can be encoded: arguments and file names may hold surrogates for other bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -33,41 +33,41 @@ def is_text(text: str) -> bool:
 
 
 class TavError(Exception):
-    """Any error that a person can mend by changing what they gave us."""
+    """Base class of all errors that a user can fix."""
 
     exit_code = 2
 
 
 class InputError(TavError, ValueError):
-    """A value that cannot be used: a size, a prompt, a count, a file that is not what it should be."""
+    """A value that cannot be used: a size, a prompt, a number, a file of the wrong kind."""
 
 
 class MissingError(TavError, FileNotFoundError):
-    """A file, a folder or a package that is not there."""
+    """A file, a directory or a package that does not exist."""
 
-    def __str__(self) -> str:  # OSError would print its own form
+    def __str__(self) -> str:  # OSError has a format of its own
         return str(self.args[0]) if self.args else ""
 
 
 class NotFiniteError(TavError, ArithmeticError):
-    """A loss, a gradient, latents or weights that are NaN or infinite."""
+    """A loss, gradient, latents or weights that are NaN or infinite."""
 
 
 class StoppedError(TavError):
-    """Asked to stop, and stopped in good order: the same command continues."""
+    """A run that was asked to stop and has saved its state; the same command continues it."""
 
-    exit_code = 75  # sysexits' EX_TEMPFAIL
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class WeightsError(TavError, ValueError):
-    """Weights that do not fit: a damaged file, another family, missing or misshapen tensors."""
+    """Weights that cannot be used: a damaged file, another model family, missing tensors or wrong shapes."""
 
 
-class LostError(TavError, RuntimeError):
-    """Another process of the same run has stopped, or is not where the others are."""
+class ProcessLostError(TavError, RuntimeError):
+    """Another process of a multi-process run has failed or does not answer."""
 
     exit_code = 1
 
 
-class ShortOfMemoryError(TavError, MemoryError):
-    """Work that is too large for the device, or for the machine."""
+class OutOfMemoryError(TavError, MemoryError):
+    """A computation that is too large for the device or the machine."""

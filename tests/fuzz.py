@@ -180,12 +180,12 @@ def _spoil_pickle(draw: np.random.Generator, folder: Path) -> None:
 def read_weights(folder: Path) -> None:
     """Configs and every tensor; of some, for it takes a second, the networks made of them as well."""
     from tav_jax import TuneAVideo
-    from tav_jax.diffusion import Schedule
-    from tav_jax.layout import Layout
-    from tav_jax.tensors import FLOATS, tensors_in
+    from tav_jax.diffusion.schedule import NoiseSchedule
+    from tav_jax.io.diffusers_layout import Layout
+    from tav_jax.io.tensor_files import FLOATS, tensors_in
 
     layout = Layout.open(folder)
-    Schedule.from_config(layout.configs["scheduler"])
+    NoiseSchedule.from_config(layout.configs["scheduler"])
     parts = ("unet", "vae", "text_encoder")
     found = [(part, tensor) for part in parts for tensor in tensors_in(folder / part)]
     if sum(math.prod(tensor.shape) for _, tensor in found) % 8 == 0:
@@ -204,7 +204,7 @@ def _clips() -> list[tuple[str, bytes]]:
     from PIL import Image
 
     from tav_jax import Clip
-    from tav_jax.video import Audio
+    from tav_jax.io.video import Audio
 
     draw = np.random.default_rng(0)
     still = draw.integers(0, 256, (1, 48, 64, 3), np.uint8)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tav_jax import sharding
-from tav_jax.kernels import attend_frames
-from tav_jax.sharding import CLIP, pin
+from tav_jax.distributed import sharding
+from tav_jax.distributed.sharding import CLIP, constrain
+from tav_jax.kernels import frame_attention
 
 
 def main(data: int, frames: int, batch: int) -> None:
@@ -18,15 +18,15 @@ def main(data: int, frames: int, batch: int) -> None:
 
     def both_ways(kernel):
         def run(q, k, v, g):
-            q, k, v, g = (pin(x, CLIP) for x in (q, k, v, g))
-            out, back = jax.vjp(lambda *x: attend_frames(*x, "sparse-causal", kernel), q, k, v)
-            return tuple(pin(x, CLIP) for x in (out, *back(g)))
+            q, k, v, g = (constrain(x, CLIP) for x in (q, k, v, g))
+            out, back = jax.vjp(lambda *x: frame_attention(*x, "sparse-causal", kernel), q, k, v)
+            return tuple(constrain(x, CLIP) for x in (out, *back(g)))
 
         return jax.jit(run)
 
     plain = both_ways("plain")(*arrays)
-    with sharding.on(sharding.make((data, frames))):
-        placed = [jax.jit(lambda x: pin(x, CLIP))(x) for x in arrays]
+    with sharding.use_mesh(sharding.make_mesh((data, frames))):
+        placed = [jax.jit(lambda x: constrain(x, CLIP))(x) for x in arrays]
         spread = both_ways("interpret")
         ours = spread(*placed)
         text = spread.lower(*placed).compile().as_text()

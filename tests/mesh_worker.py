@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tav_jax import TuneAVideo, programs
+from tav_jax import TuneAVideo
+from tav_jax.diffusion import programs
 from tav_jax.plan import collectives
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -43,7 +44,7 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) 
         encoded=tav.encode_video(edit.frames),
     )
     # A replicated array is the same on all devices, to the bit.
-    for x in (inverted, tav.parts.unet.conv_in.kernel.get_value()):
+    for x in (inverted, tav.components.unet.conv_in.kernel.get_value()):
         shards = [np.asarray(shard.data) for shard in x.addressable_shards]
         assert all(np.array_equal(shards[0], shard) for shard in shards)
     told = {"devices": jax.device_count(), "largest_part": largest}
@@ -54,7 +55,7 @@ def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:
     """Bytes of the largest array that one step of guided sampling, two prompts at once, gathers on a device."""
     halves, text = np.concatenate([latents] * 4), np.asarray(tav.encode_text(["", "", "blue", "red"]))
     with programs.running(np.float32, tav.mesh):
-        compiled = programs.call_unet.lower(tav.parts.unet, halves, np.full(4, 500, np.int32), text).compile()
+        compiled = programs.call_unet.lower(tav.components.unet, halves, np.full(4, 500, np.int32), text).compile()
     found = collectives.read(compiled.as_text(), jax.device_count())
     return max((one.bytes for one in found if one.kind == "all-gather"), default=0)
 

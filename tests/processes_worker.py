@@ -13,9 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tav_jax import InputError, TuneAVideo, edit, processes
+from tav_jax import InputError, TuneAVideo
 from tav_jax import config as configs
-from tav_jax.run import Run, load_clip
+from tav_jax.cli import edit
+from tav_jax.distributed import processes
+from tav_jax.training.run import Run
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -33,7 +35,7 @@ def settings(clip: str, steps: int, **changes):
 def job(folder: str, clip: str) -> dict:
     """Alone: a run of two steps, and of one more. Several: that run's last step, a run of their own, and edits."""
     root = Path(folder)
-    alone = not processes.several()
+    alone = not processes.is_multiprocess()
     written = watch_writing(root)
     if alone:
         Run.start_or_continue(str(root / "one"), settings(clip, 2)).train()
@@ -52,13 +54,13 @@ def job(folder: str, clip: str) -> dict:
     words = ("blue", "a green square")
     edits = [tav.sample(text, latents=noise[-1], steps=2, guidance=3.0) for text in words]
     numbers = {"noise": noise, "latents": np.concatenate([e.latents for e in edits]), "frames": edits[0].frames}
-    if processes.is_first():
-        np.savez(root / f"{processes.count()}.npz", **numbers)
+    if processes.is_primary():
+        np.savez(root / f"{processes.process_count()}.npz", **numbers)
     if alone:
         return {}
     # One look for each process: whether a bar is watched, and how much memory there is, differs between them.
-    noise = tav.invert(load_clip(run.config), steps=2, progress=(lambda done: None) if processes.is_first() else None)
-    edit.memory.available = lambda: None if processes.is_first() else 1
+    noise = tav.invert(load_clip(run.config), steps=2, progress=(lambda done: None) if processes.is_primary() else None)
+    edit.memory.available = lambda: None if processes.is_primary() else 1
     paths = edit.edit(run, words)
     edits[0].save(root / "edit.gif")
     tav.save_pretrained(root / "exported")
@@ -66,7 +68,7 @@ def job(folder: str, clip: str) -> dict:
         "refused": refused,
         "paths": paths,
         "written": sorted(set(written)),
-        "agreed": [processes.agree(processes.is_first()), processes.agree(False)],
+        "agreed": [processes.any_process(processes.is_primary()), processes.any_process(False)],
     }
 
 
@@ -94,18 +96,18 @@ def die() -> dict:
     for step in range(100_000):
         x = jax.make_array_from_callback((jax.device_count(),), rows, lambda _: np.ones(1))
         assert total(x) == jax.device_count()
-        if step == 20 and not processes.is_first():
+        if step == 20 and not processes.is_primary():
             os.kill(os.getpid(), signal.SIGKILL)
     return {}
 
 
 if __name__ == "__main__":
-    from tav_jax.cli import end
+    from tav_jax.cli.main import end
 
-    processes.join()
+    processes.initialize()
     try:
         print(json.dumps({"job": job, "die": die}[sys.argv[1]](*sys.argv[2:])))
     except Exception:
-        if lost := processes.loss(5.0):
+        if lost := processes.lost_process(5.0):
             sys.exit(end(lost, 1))
         raise

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tav_jax import Clip, TuneAVideo, load_video
-from tav_jax.video import Audio
+from tav_jax.io.video import Audio
 
 RATE = 16000
 
@@ -168,9 +168,9 @@ def test_files_that_are_no_videos(sd1, place, environment):
 def test_help_says_what_there_is_and_loads_nothing_heavy(environment):
     code = """
 import sys
-from tav_jax import cli
+from tav_jax.cli import main
 try:
-    cli.main(["--help"])
+    main.main(["--help"])
 finally:
     assert not {"jax", "numpy", "flax", "transformers", "av", "ml_collections", "absl"} & set(sys.modules)
 """

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from tav_jax import cli, config
+from tav_jax import config
+from tav_jax.cli import settings as settings_module
 from tav_jax.errors import InputError, MissingError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -37,7 +38,7 @@ def test_every_config_is_good_and_its_docstring_holds_its_launch_line(file):
     spec.loader.exec_module(module)
     settings = config.validate(module.get_config())
     assert f"tav train --config=configs/{file.name} --workdir=" in module.__doc__
-    assert cli.read_config([f"--config={file}"]) == settings
+    assert settings_module.read_config([f"--config={file}"]) == settings
     assert config.from_json(config.to_json(settings)) == settings
 
 
@@ -53,11 +54,11 @@ def test_every_config_is_good_and_its_docstring_holds_its_launch_line(file):
     ],
 )
 def test_lists_of_texts_from_the_command_line(given, prompts):
-    assert cli.read_config([f"--config.edit.prompts={given}"]).edit.prompts == prompts
+    assert settings_module.read_config([f"--config.edit.prompts={given}"]).edit.prompts == prompts
 
 
 def test_overrides_reach_the_config_in_its_types():
-    c = cli.read_config(
+    c = settings_module.read_config(
         [
             "--config.train.steps=300",
             "--config.train.learning_rate=1",
@@ -89,7 +90,7 @@ def test_overrides_reach_the_config_in_its_types():
 )
 def test_what_a_command_line_may_not_say(arguments, said):
     with pytest.raises(InputError) as caught:
-        cli.read_config(arguments)
+        settings_module.read_config(arguments)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -108,10 +109,10 @@ def test_everything_wrong_is_said_at_once():
 
 def test_a_config_file_that_is_missing_or_broken(tmp_path):
     with pytest.raises(MissingError, match=r"nowhere\.py does not exist"):
-        cli.read_config([f"--config={tmp_path}/nowhere.py"])
+        settings_module.read_config([f"--config={tmp_path}/nowhere.py"])
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     with pytest.raises(InputError, match="the config cannot be read"):
-        cli.read_config([f"--config={tmp_path}/broken.py"])
+        settings_module.read_config([f"--config={tmp_path}/broken.py"])
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from tav_jax import InputError, TuneAVideo, cache, cli
-from tav_jax.sprites import benchmark
-from tav_jax.sprites.demo import checked_folder, demo, settings_with
-from tav_jax.sprites.edits import MODEL, Settings
-from tav_jax.sprites.judge import look
-from tav_jax.sprites.world import scenes
+from benchmarks import demo_world as benchmark
+from tav_jax import InputError, TuneAVideo
+from tav_jax.cli import main
+from tav_jax.demo.demo import checked_folder, demo, settings_with
+from tav_jax.demo.edits import MODEL, Settings
+from tav_jax.demo.judge import look
+from tav_jax.demo.world import scenes
+from tav_jax.distributed import compilation_cache
 
 FLOOR, CEILING = 0.85, 2.0  # what it reaches, in a quarter of the steps: 0.94, and 1.2 pixels off the path
 
@@ -42,7 +44,7 @@ def test_the_model_is_as_small_as_promised(tav):
 def _state(tav):
     from flax import nnx
 
-    return nnx.state(tav.parts.unet)
+    return nnx.state(tav.components.unet)
 
 
 def test_it_draws_what_it_is_told_also_what_it_was_never_shown(tav):
@@ -190,7 +192,7 @@ def test_a_folder_that_will_not_do_is_refused_before_anything_starts(tmp_path, m
         (full, "is not empty"),
         ("/proc/demo", "/proc"),
     ):
-        assert cli.main(["demo", f"--out={out}"]) == 2
+        assert main.main(["demo", f"--out={out}"]) == 2
         told_by = capsys.readouterr().err
         assert told in told_by
         assert told_by.startswith("tav: ")
@@ -217,8 +219,8 @@ def test_a_clip_has_a_number_from_zero_up(tmp_path):
 
 def test_compiled_programs_lie_in_the_cache_folder_or_where_there_is_room(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.folder().is_relative_to(tmp_path / "tav_jax" / "compiled")
+    assert compilation_cache.folder().is_relative_to(tmp_path / "tav_jax" / "compiled")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    assert cache.folder().is_relative_to(tmp_path / "temporary")
+    assert compilation_cache.folder().is_relative_to(tmp_path / "temporary")

@@ -1,12 +1,12 @@
-"""Schedule, one step and the loop, against Diffusers' schedulers and against closed forms."""
+"""NoiseSchedule, one step and the loop, against Diffusers' schedulers and against closed forms."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tav_jax.diffusion import Schedule, add_noise, guided, move, velocity, walk
+from tav_jax.diffusion.programs import chunk_size, in_chunks
+from tav_jax.diffusion.schedule import NoiseSchedule, add_noise, ddim_step, guided, velocity, walk
 from tav_jax.errors import InputError, WeightsError
-from tav_jax.programs import in_pieces, piece_of
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -17,8 +17,8 @@ STABLE_DIFFUSION = {
 }
 
 
-def schedule(prediction: str = "epsilon", **changes) -> Schedule:
-    return Schedule.from_config({**STABLE_DIFFUSION, "prediction_type": prediction, **changes})
+def schedule(prediction: str = "epsilon", **changes) -> NoiseSchedule:
+    return NoiseSchedule.from_config({**STABLE_DIFFUSION, "prediction_type": prediction, **changes})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_step_is_that_of_diffusers(prediction):
     x, out = rng.normal(size=(2, 1, 2, 3, 4, 4)).astype(np.float32)
     for t, start, end in zip(*schedule(prediction).sampling(10), strict=True):
         step = theirs.step(torch.tensor(out), int(t), torch.tensor(x)).prev_sample.numpy()
-        np.testing.assert_allclose(move(x, out, start, end, prediction), step, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ddim_step(x, out, start, end, prediction), step, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_and_velocity_are_those_of_diffusers():
@@ -92,13 +92,13 @@ def test_noise_and_velocity_are_those_of_diffusers():
 # ------------------------------------------------------------------------------------------------- closed forms
 
 
-def round_trip(denoise, x0, steps: int, s: Schedule) -> np.ndarray:
+def round_trip(denoise, x0, steps: int, s: NoiseSchedule) -> np.ndarray:
     noise, _ = walk(denoise, x0, s.inversion(steps), s.prediction)
     back, _ = walk(denoise, noise, s.sampling(steps), s.prediction)
     return np.asarray(back)
 
 
-def levels_at(s: Schedule, t):
+def levels_at(s: NoiseSchedule, t):
     return jnp.asarray(s.levels)[t]
 
 
@@ -184,7 +184,7 @@ def test_a_trajectory_ends_where_the_walk_does():
 @pytest.mark.parametrize("steps", [1, 7, 11, 20, 50])
 def test_a_ladder_in_pieces_is_the_same_ladder(steps):
     whole = schedule().sampling(steps)
-    pieces = list(in_pieces(whole, piece_of(steps)))
+    pieces = list(in_chunks(whole, chunk_size(steps)))
     assert len({len(piece.timesteps) for piece in pieces}) == 1  # so one program does for all
     for i, column in enumerate(whole):
         assert np.array_equal(np.concatenate([piece[i] for piece in pieces]), column)
@@ -192,7 +192,7 @@ def test_a_ladder_in_pieces_is_the_same_ladder(steps):
 
 def test_what_is_left_over_is_walked_step_by_step():
     whole = schedule().sampling(50).part(0, 13)
-    pieces = list(in_pieces(whole, 5))
+    pieces = list(in_chunks(whole, 5))
     assert [len(piece.timesteps) for piece in pieces] == [5, 5, 1, 1, 1]
     assert np.array_equal(np.concatenate([piece.timesteps for piece in pieces]), whole.timesteps)
 

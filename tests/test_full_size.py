@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, difference
 
-from tav_jax import layout, weights
+from tav_jax.io import diffusers_layout, weights
 from tav_jax.models import VAE, ClipText, UNet
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def ours(root, part, build, read_config):
 
 def test_one_frame_through_the_inflated_unet_is_the_2d_unet(family):
     root, theirs, settings = family
-    unet = ours(root, "unet", UNet, layout.unet_config)
+    unet = ours(root, "unet", UNet, diffusers_layout.unet_config)
     assert sum(leaf.size for leaf in jax.tree.leaves(unet)) == settings["parameters"]
     x, text = normal(1, 16, 24, 4), normal(1, 77, unet.config.cross_attention_dim, seed=1)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_one_frame_through_the_inflated_unet_is_the_2d_unet(family):
 
 def test_the_vae(family):
     root, theirs, _ = family
-    vae = ours(root, "vae", VAE, layout.vae_config)
+    vae = ours(root, "vae", VAE, diffusers_layout.vae_config)
     pixels, latents = normal(1, 64, 96, 3), normal(1, 8, 12, 4)
     with torch.no_grad():
         mean = theirs["vae"].encode(torch.tensor(pixels).permute(0, 3, 1, 2)).latent_dist.mean
@@ -103,7 +103,7 @@ def test_the_vae(family):
 
 def test_the_text_encoder(family):
     root, theirs, _ = family
-    text = ours(root, "text_encoder", ClipText, layout.text_config)
+    text = ours(root, "text_encoder", ClipText, diffusers_layout.text_config)
     ids = np.random.default_rng(0).integers(0, 49408, (2, 77))
     with torch.no_grad():
         expected = theirs["text_encoder"](torch.tensor(ids)).last_hidden_state
@@ -120,7 +120,7 @@ import tav_jax.pipeline, transformers
 jax.numpy.ones(3).block_until_ready()
 before = peak()
 tav = TuneAVideo.from_pretrained({str(family[0])!r}, dtype="bfloat16")
-parts = tav.parts
+parts = tav.components
 held = sum(x.nbytes for part in (parts.unet, parts.vae, parts.text_encoder) for x in jax.tree.leaves(part))
 print(json.dumps([peak() - before, held]))
 """

@@ -26,17 +26,19 @@ from fuzz import fuzz
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import memory, programs, prompts, sources, training, video, weights
-from tav_jax.checkpoint import Checkpoints
-from tav_jax.diffusion import Schedule
-from tav_jax.errors import InputError, MissingError, ShortOfMemoryError, TavError, WeightsError
-from tav_jax.layout import Layout
+from tav_jax.diffusion.schedule import NoiseSchedule, programs
+from tav_jax.distributed import memory
+from tav_jax.errors import InputError, MissingError, OutOfMemoryError, TavError, WeightsError
+from tav_jax.io import decoding, tokenizer, video, weights
+from tav_jax.io.diffusers_layout import Layout
+from tav_jax.io.tensor_files import HEADER, tensors_in
+from tav_jax.io.video import Clip, load_video
+from tav_jax.io.weights import TOKENIZER_FILES
 from tav_jax.models import VAE
-from tav_jax.run import publish_video
-from tav_jax.tensors import HEADER, tensors_in
-from tav_jax.video import Clip, load_video
-from tav_jax.weights import TOKENIZER_FILES
-from tav_jax.workdir import Workdir
+from tav_jax.training import train_step
+from tav_jax.training.checkpoint import Checkpoints
+from tav_jax.training.loop import publish_video
+from tav_jax.training.run_directory import RunDirectory
 
 FILE = "vae/diffusion_pytorch_model.safetensors"
 
@@ -262,23 +264,23 @@ def test_a_config_that_is_made_to_annoy(model, text):
     ],
 )
 def test_a_schedule_of_the_absurd(changes):
-    assert "the scheduler's" in refusal(WeightsError, Schedule.from_config, changes)
+    assert "the scheduler's" in refusal(WeightsError, NoiseSchedule.from_config, changes)
 
 
 def test_a_tokenizer_of_another_pipeline_or_of_none(sd1, model):
-    tokenizer = prompts.load_tokenizer(model / "tokenizer")
-    assert prompts.tokenize(tokenizer, ["red square"], 77, 530).max() < 530
-    said = refusal(WeightsError, prompts.tokenize, tokenizer, ["red square"], 77, 300)
+    tokenizer = tokenizer.load_tokenizer(model / "tokenizer")
+    assert tokenizer.tokenize(tokenizer, ["red square"], 77, 530).max() < 530
+    said = refusal(WeightsError, tokenizer.tokenize, tokenizer, ["red square"], 77, 300)
     assert "the text encoder has 300 words" in said
     for text in ("\ud800", "x" * 200_000):
-        refusal(InputError, prompts.tokenize, tokenizer, [text], 77, 530)
+        refusal(InputError, tokenizer.tokenize, tokenizer, [text], 77, 530)
     config = json.loads((model / "tokenizer/tokenizer_config.json").read_text())
     for wrong in ([[]], "long", None, {"a": 1}):
         (model / "tokenizer/tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": wrong}))
         with contextlib.suppress(WeightsError):  # None has a meaning there
-            prompts.tokenize(prompts.load_tokenizer(model / "tokenizer"), ["red"], 77, 530)
+            tokenizer.tokenize(tokenizer.load_tokenizer(model / "tokenizer"), ["red"], 77, 530)
     (model / "tokenizer/vocab.json").write_text("[" * 100_000)
-    assert "not a readable CLIP tokenizer" in refusal(WeightsError, prompts.load_tokenizer, model / "tokenizer")
+    assert "not a readable CLIP tokenizer" in refusal(WeightsError, tokenizer.load_tokenizer, model / "tokenizer")
 
 
 def test_an_export_passes_on_a_tokenizer_and_nothing_beside_it(sd1, tmp_path):
@@ -287,8 +289,8 @@ def test_an_export_passes_on_a_tokenizer_and_nothing_beside_it(sd1, tmp_path):
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "model/tokenizer/notes.txt").symlink_to(tmp_path / "secret")
     (tmp_path / "model/tokenizer/folder").mkdir()
-    layout = dataclasses.replace(sd1.tav.parts.layout, root=tmp_path / "model")
-    weights.save(dataclasses.replace(sd1.tav.parts, layout=layout), tmp_path / "out")
+    layout = dataclasses.replace(sd1.tav.components.layout, root=tmp_path / "model")
+    weights.save(dataclasses.replace(sd1.tav.components, layout=layout), tmp_path / "out")
     written = {file.name for file in (tmp_path / "out/tokenizer").iterdir()}
     assert written == {file.name for file in (sd1.model / "tokenizer").iterdir()} <= set(TOKENIZER_FILES)
     assert not any(data == b"mine" for data in contents(tmp_path / "out").values())
@@ -343,10 +345,10 @@ def memory_peak() -> int:
 def test_what_the_pictures_say_of_themselves_is_bounded_too(tmp_path, monkeypatch):
     """The container's word on the size is checked by us; the decoder is told the limit as well."""
     Clip(np.zeros((3, 64, 64, 3), np.uint8), 8.0).save(tmp_path / "a.mp4")
-    monkeypatch.setattr(sources, "check_sides", lambda *_: None)
-    monkeypatch.setattr(sources, "PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(decoding, "check_sides", lambda *_: None)
+    monkeypatch.setattr(decoding, "PIXELS", 64 * 64 - 1)
     refusal(InputError, load_video, tmp_path / "a.mp4")
-    monkeypatch.setattr(sources, "PIXELS", 256 * 256)
+    monkeypatch.setattr(decoding, "PIXELS", 256 * 256)
     assert load_video(tmp_path / "a.mp4").frames.shape == (3, 64, 64, 3)
 
 
@@ -460,7 +462,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("free", [0, 16_384])
 def test_a_full_disk_keeps_what_was_there(sd1, small_disk, stage, free):
-    run = Workdir(small_disk / "run").create()
+    run = RunDirectory(small_disk / "run").create()
     run.write("config.json", "{}")
     run.write("edits/a.mp4", "before")
     run.write("edits/a.gif", "before")
@@ -476,13 +478,13 @@ def test_a_full_disk_keeps_what_was_there(sd1, small_disk, stage, free):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(sd1, small_disk):
-    _, trained, _ = nnx.split(sd1.tav.parts.unet, training.is_trainable(), ...)
-    learner = training.Learner.create(trained)
+    _, trained, _ = nnx.split(sd1.tav.components.unet, train_step.trainable_filter(), ...)
+    learner = train_step.TrainState.create(trained)
     checkpoints = Checkpoints(small_disk / "checkpoints")
     checkpoints.save(1, learner, {"fingerprint": "x"})
     checkpoints.wait()
     fill(small_disk, 40_000)
-    later = training.Learner(jax.tree.map(lambda x: x + 1, learner.trained), learner.moments)
+    later = train_step.TrainState(jax.tree.map(lambda x: x + 1, learner.params), learner.opt_state)
 
     def save():
         checkpoints.save(2, later, {"fingerprint": "x"})
@@ -493,8 +495,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd1, small_disk):
     assert "earlier ones are whole" in said
     again = Checkpoints(small_disk / "checkpoints")
     assert again.newest == 1
-    found = again.restore(training.Learner.create(trained)).trained
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(learner.trained), strict=True):
+    found = again.restore(train_step.TrainState.create(trained)).params
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(learner.params), strict=True):
         assert np.array_equal(ours, theirs)
 
 
@@ -512,7 +514,7 @@ def test_what_cannot_fit_is_refused_with_what_would(sd1, monkeypatch):
     for share in (0.99, 0.7, 0.4):
         room = int(whole * share)
         monkeypatch.setenv(memory.OVERRIDE, str(room / 2**30))
-        said = refusal(ShortOfMemoryError, memory.check, work)
+        said = refusal(OutOfMemoryError, memory.check, work)
         assert said.startswith("tuning on 24 frames of 64×64 takes ")
         assert memory.OVERRIDE in said
         frames = int(said.split("use ")[1].split(" frame")[0])
@@ -539,8 +541,8 @@ def test_every_job_is_checked_before_it_begins(sd1, monkeypatch):
     monkeypatch.setenv(memory.OVERRIDE, "0.0001")
     monkeypatch.setattr(tav, "encode_text", lambda _: text)
     for doing, job in jobs.items():
-        assert refusal(ShortOfMemoryError, job).startswith(f"{doing} 24 frames of 64×64 takes")
-    assert "the weights of " in refusal(ShortOfMemoryError, sd1.load)
+        assert refusal(OutOfMemoryError, job).startswith(f"{doing} 24 frames of 64×64 takes")
+    assert "the weights of " in refusal(OutOfMemoryError, sd1.load)
 
 
 def test_without_remat_remat_is_offered(sd1, monkeypatch):
@@ -550,7 +552,7 @@ def test_without_remat_remat_is_offered(sd1, monkeypatch):
     room = thrifty.count(thrifty.shape, 1)
     assert room < plain.count(plain.shape, 1)
     monkeypatch.setenv(memory.OVERRIDE, str((room + 1000) / 2**30))
-    assert 'remat="block"' in refusal(ShortOfMemoryError, memory.check, plain)
+    assert 'remat="block"' in refusal(OutOfMemoryError, memory.check, plain)
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()])
@@ -558,9 +560,9 @@ def test_memory_that_runs_out_all_the_same_is_one_sentence(sd1, monkeypatch, err
     def full(*_, **__):
         raise error
 
-    for name in ("walk_latents", "decode_frames", "encode_frames"):
+    for name in ("denoise_loop", "decode_frames", "encode_frames"):
         monkeypatch.setattr(programs, name, full)
-    monkeypatch.setattr(training, "tune_step", full)
+    monkeypatch.setattr(train_step, "tune_step", full)
     tav, latents = sd1.tav, jnp.zeros((1, 24, 16, 16, 4))
     learner, advance = tav.tuning((latents, latents), tav.encode_text(""))
     jobs = {
@@ -571,7 +573,7 @@ def test_memory_that_runs_out_all_the_same_is_one_sentence(sd1, monkeypatch, err
         "decoding": lambda: tav.decode_video(latents),
     }
     for doing, job in jobs.items():
-        said = refusal(ShortOfMemoryError, job)
+        said = refusal(OutOfMemoryError, job)
         assert said.startswith(f"memory ran out while {doing} 24 frames of 64×64 on this cpu; use ")
 
 
@@ -579,7 +581,7 @@ def test_other_errors_of_the_device_pass_through(sd1, monkeypatch):
     def broken(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(programs, "walk_latents", broken)
+    monkeypatch.setattr(programs, "denoise_loop", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         sd1.tav.invert(np.zeros((1, 2, 8, 8, 4), np.float32), steps=2)
 

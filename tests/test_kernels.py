@@ -13,9 +13,9 @@ import pytest
 from conftest import LOOKING_THERE, difference, with_libtpu
 
 from tav_jax import InputError, TuneAVideo, kernels
-from tav_jax.kernels import attend_frames
+from tav_jax.kernels import frame_attention
+from tav_jax.kernels.attention import splash
 from tav_jax.kernels.sparse_causal import fits, sparse_causal
-from tav_jax.kernels.splash import splash
 
 WORKER = Path(__file__).parent / "kernel_worker.py"
 
@@ -60,7 +60,7 @@ def test_the_fused_kernels_gradients_are_the_formulas(shape):
     q, k, v, g = arrays(*shape, count=4)
 
     def pulled(kernel):
-        return jax.jit(lambda q, k, v: jax.vjp(lambda *x: attend_frames(*x, "sparse-causal", kernel), q, k, v)[1](g))
+        return jax.jit(lambda q, k, v: jax.vjp(lambda *x: frame_attention(*x, "sparse-causal", kernel), q, k, v)[1](g))
 
     for ours, plain in zip(pulled("interpret")(q, k, v), pulled("plain")(q, k, v), strict=True):
         assert np.abs(ours - plain).max() <= 3e-6 * max(1.0, float(np.abs(plain).max()))
@@ -84,8 +84,8 @@ def test_half_precision_is_as_near_as_its_digits():
 @pytest.mark.parametrize("sees", ["sparse-causal", "first-frame", "per-frame"])
 def test_splash_is_the_formula_also_where_a_length_fills_no_block(sees):
     q, k, v = arrays(1, 3, 150, 2, 40)
-    ours = splash(q, kernels.frames_seen(k, sees), kernels.frames_seen(v, sees), interpret=True)
-    assert difference(ours, attend_frames(q, k, v, sees)) <= 2e-6
+    ours = splash(q, kernels.key_frames(k, sees), kernels.key_frames(v, sees), interpret=True)
+    assert difference(ours, frame_attention(q, k, v, sees)) <= 2e-6
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tav_jax import InputError, TuneAVideo, config, sharding
-from tav_jax.sharding import good_shape
+from tav_jax import InputError, TuneAVideo, config
+from tav_jax.distributed import sharding
+from tav_jax.distributed.sharding import default_mesh_shape
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 
@@ -79,7 +80,7 @@ def test_24_frames_run_on_16_devices_with_what_is_learned_in_parts(alone, tmp_pa
     ],
 )
 def test_the_usual_mesh_gives_each_device_frames_before_it_doubles_prompts(devices, frames, shape):
-    assert good_shape(devices, frames) == shape
+    assert default_mesh_shape(devices, frames) == shape
 
 
 def test_a_mesh_larger_than_the_machine_is_refused_before_anything_is_loaded(sd1):
@@ -88,9 +89,9 @@ def test_a_mesh_larger_than_the_machine_is_refused_before_anything_is_loaded(sd1
 
 
 def test_one_device_is_no_mesh():
-    assert sharding.make((1, 1)) is None
-    assert sharding.make((0, 0)) is None
-    assert sharding.make() is None
+    assert sharding.make_mesh((1, 1)) is None
+    assert sharding.make_mesh((0, 0)) is None
+    assert sharding.make_mesh() is None
 
 
 @pytest.mark.parametrize("value", [-1, 65537])

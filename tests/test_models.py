@@ -11,14 +11,14 @@ import pytest
 from conftest import difference
 from flax import nnx
 
-from tav_jax import layout, weights
-from tav_jax.kernels import attend, frames_seen
+from tav_jax.io import diffusers_layout, weights
+from tav_jax.kernels import full_attention, key_frames
 from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
 from tav_jax.models.attention import Attention, FeedForward
 from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.resnet import nearest
 from tav_jax.models.unet import timestep_embedding
-from tav_jax.training import is_trainable
+from tav_jax.training.train_step import trainable_filter
 
 torch = pytest.importorskip("torch", reason="the oracle, CPU torch, is not installed")
 
@@ -38,7 +38,7 @@ def plain_attention(q, k, v):
 
 def test_attend_is_the_formula():
     q, k, v = normal(2, 3, 5, 2, 8), normal(2, 3, 7, 2, 8, seed=1), normal(2, 3, 7, 2, 8, seed=2)
-    ours = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    ours = full_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
     for b in range(2):
         for f in range(3):
             np.testing.assert_allclose(ours[b, f], plain_attention(q[b, f], k[b, f], v[b, f]), atol=1e-6)
@@ -49,12 +49,12 @@ def test_attention_in_groups_is_the_same_both_ways(monkeypatch, room):
     q, k, v = (jnp.asarray(normal(2, 4, size, 2, 8, seed=size)) for size in (5, 7, 7))
 
     def value_and_gradients(q, k, v):
-        return jax.value_and_grad(lambda *qkv: (attend(*qkv) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+        return jax.value_and_grad(lambda *qkv: (full_attention(*qkv) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
 
     together = value_and_gradients(q, k, v)
     module = importlib.import_module("tav_jax.kernels.attend")
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", room * 4 * 5 * 7 * 2)
-    assert module.frames_at_once(5, 7, 2) == room
+    monkeypatch.setattr(module, "MAX_SCORE_BYTES", room * 4 * 5 * 7 * 2)
+    assert module.attention_batch_size(5, 7, 2) == room
     in_groups = value_and_gradients(q, k, v)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(in_groups), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -77,8 +77,8 @@ def test_sparse_causal_attention_sees_the_first_frame_and_the_one_before(frames)
 
 def test_the_ablations_see_what_their_names_say():
     x = jnp.asarray(normal(1, 4, 3, 2, 8))
-    assert np.array_equal(frames_seen(x, "per-frame"), x)
-    assert np.array_equal(frames_seen(x, "first-frame"), np.repeat(x[:, :1], 4, axis=1))
+    assert np.array_equal(key_frames(x, "per-frame"), x)
+    assert np.array_equal(key_frames(x, "first-frame"), np.repeat(x[:, :1], 4, axis=1))
 
 
 def test_temporal_attention_is_over_frames_at_each_position_both_ways_in_time():
@@ -172,7 +172,7 @@ def test_norms_are_the_formula_also_far_from_zero(dtype, mean, bound):
 @pytest.mark.parametrize(("config", "total"), [(UNetConfig.sd1(), 909_120_004), (UNetConfig.sd2(), 915_509_764)])
 def test_parameters_are_as_many_as_they_should_be(config, total):
     state = nnx.state(weights.abstract(UNet, config, jnp.float32))
-    trained, _ = nnx.split_state(state, is_trainable(), ...)
+    trained, _ = nnx.split_state(state, trainable_filter(), ...)
 
     def size(s):
         return sum(leaf.size for leaf in jax.tree.leaves(s))
@@ -182,7 +182,7 @@ def test_parameters_are_as_many_as_they_should_be(config, total):
     names = weights.flat(trained)
     assert sum(".attn_temp." in name for name in names) == 16 * 5
     assert not any("norm_temp" in name for name in names)
-    official, _ = nnx.split_state(state, is_trainable(places=("mid", "up")), ...)
+    official, _ = nnx.split_state(state, trainable_filter(places=("mid", "up")), ...)
     assert len(jax.tree.leaves(official)) == 70
 
 
@@ -197,9 +197,9 @@ def test_the_presets_are_the_published_configs():
         "use_linear_projection": True,
         "upcast_attention": True,
     }
-    assert layout.unet_config(sd21, Path("unet/config.json")) == UNetConfig.sd2()
+    assert diffusers_layout.unet_config(sd21, Path("unet/config.json")) == UNetConfig.sd2()
     sd14 = {**sd21, "attention_head_dim": 8, "cross_attention_dim": 768, "use_linear_projection": False}
-    assert layout.unet_config(sd14, Path("unet/config.json")) == UNetConfig.sd1()
+    assert diffusers_layout.unet_config(sd14, Path("unet/config.json")) == UNetConfig.sd1()
 
 
 # ------------------------------------------------------------------------------- whole networks, small and random
@@ -236,7 +236,7 @@ def test_one_frame_is_the_2d_unet(tmp_path, linear):
         use_linear_projection=linear,
         sample_size=12,
     )
-    ours = loaded(shaken(theirs), "unet", tmp_path, UNet, layout.unet_config)
+    ours = loaded(shaken(theirs), "unet", tmp_path, UNet, diffusers_layout.unet_config)
     x, text = normal(2, 11, 7, 4), normal(2, 9, 20, seed=1)  # a size that divides nowhere
     with torch.no_grad():
         expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor([3, 700]), torch.tensor(text)).sample
@@ -255,7 +255,7 @@ def test_the_vae_is_that_of_diffusers(tmp_path):
         latent_channels=4,
         norm_num_groups=4,
     )
-    ours = loaded(shaken(theirs), "vae", tmp_path, VAE, layout.vae_config)
+    ours = loaded(shaken(theirs), "vae", tmp_path, VAE, diffusers_layout.vae_config)
     pixels, latents = normal(2, 40, 24, 3), normal(2, 5, 3, 4)
     with torch.no_grad():
         posterior = theirs.encode(torch.tensor(pixels).permute(0, 3, 1, 2)).latent_dist
@@ -273,7 +273,7 @@ def test_the_text_encoder_is_that_of_transformers(tmp_path, act):
         vocab_size=99, hidden_size=24, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, hidden_act=act
     )
     theirs = shaken(transformers.CLIPTextModel(config))
-    ours = loaded(theirs, "text_encoder", tmp_path, ClipText, layout.text_config)
+    ours = loaded(theirs, "text_encoder", tmp_path, ClipText, diffusers_layout.text_config)
     ids = np.random.default_rng(0).integers(0, 99, (2, 77))
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).last_hidden_state

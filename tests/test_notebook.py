@@ -18,7 +18,7 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tune_a_video.ipynb"
 # Asked of the kernel after the last cell.
 QUESTION = """
 import json
-from tav_jax.sprites import judge
+from tav_jax.demo import judge
 truth = drawn_world.source_clip(None, FRAMES)
 wanted = [truth.edited(colour="pink", shape="ring"), truth.edited(place="clouds", style="night")]
 verdicts = [judge.judge(edit.frames, clip_of) for edit, clip_of in zip(edits, wanted)]

@@ -8,8 +8,10 @@ import warnings
 import numpy as np
 import pytest
 
-from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video, memory, programs
-from tav_jax.errors import ShortOfMemoryError
+from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video
+from tav_jax.diffusion import programs
+from tav_jax.distributed import memory
+from tav_jax.errors import OutOfMemoryError
 
 
 @pytest.fixture
@@ -57,21 +59,21 @@ def test_other_values_compile_nothing(sd1):
     tav = sd1.tav
     noise = tav.invert(sd1.latents, steps=4)
     tav.sample("red", latents=noise, steps=4, guidance=3.0)
-    compiled = programs.walk_latents._cache_size()
+    compiled = programs.denoise_loop._cache_size()
     tav.invert(0.5 * sd1.latents, steps=4, prompt="blue")
     tav.sample("a blue square is moving", latents=2 * noise, steps=4, guidance=12.5, negative_prompt="red")
-    assert programs.walk_latents._cache_size() == compiled
+    assert programs.denoise_loop._cache_size() == compiled
 
 
 def test_a_walk_that_is_watched_is_the_same_walk(sd1):
     tav = sd1.tav
     noise = tav.invert(sd1.latents, steps=4)
     whole = tav.sample("red", latents=noise, steps=6, guidance=3.0, return_trajectory=True)
-    compiled = programs.walk_latents._cache_size()
+    compiled = programs.denoise_loop._cache_size()
     seen: list[int] = []
     parts = tav.sample("red", latents=noise, steps=6, guidance=3.0, return_trajectory=True, progress=seen.append)
     tav.sample("red", latents=noise, steps=6, guidance=5.0, return_trajectory=True, progress=lambda done: None)
-    assert programs.walk_latents._cache_size() == compiled + 1
+    assert programs.denoise_loop._cache_size() == compiled + 1
     assert seen == [3, 6]
     np.testing.assert_allclose(parts.trajectory, whole.trajectory, rtol=1e-5, atol=1e-5)
 
@@ -91,7 +93,7 @@ def test_strength_is_the_share_of_the_steps_that_the_prompt_leads(sd1):
     noise = tav.invert(sd1.latents, steps=5)
     edits = tav.sample(["red", "blue"], latents=noise, steps=5, guidance=3.0, strength=0.4, return_trajectory=True)
     back = tav.sample("", latents=noise, steps=5, guidance=1.0, return_trajectory=True).trajectory[:3]
-    ladder = tav.schedule.sampling(5)
+    ladder = tav.schedule.sampling_steps(5)
     for edit, words in zip(edits, (text[1:2], text[2:3]), strict=True):
         np.testing.assert_allclose(edit.trajectory[:3], back, rtol=1e-5, atol=1e-5)
         x = np.asarray(back[-1], np.float64)
@@ -111,12 +113,12 @@ def test_another_strength_compiles_nothing(sd1, watched):
     noise = tav.invert(sd1.latents, steps=10, progress=seen.append)
     for strength in (0.5, 0.7):
         tav.sample("red", latents=noise, strength=strength, **options)
-    compiled = programs.walk_latents._cache_size()
+    compiled = programs.denoise_loop._cache_size()
     seen.clear()
     for strength in (0.1, 0.25, 0.6, 0.86):
         tav.sample("blue", latents=noise, strength=strength, **options)
         assert not watched or seen.pop() == 10
-    assert programs.walk_latents._cache_size() == compiled
+    assert programs.denoise_loop._cache_size() == compiled
 
 
 def test_the_least_strength_is_one_step(sd1):
@@ -140,8 +142,8 @@ def test_what_cannot_fit_is_refused_before_the_steps_without_words(sd1, monkeypa
     latents = sd1.latents
     room = sd1.tav.work("", latents, rows=1)
     monkeypatch.setenv(memory.OVERRIDE, str((room.count(room.shape, 1) + 1000) / 2**30))
-    monkeypatch.setattr(programs, "walk_latents", None)
-    with pytest.raises(ShortOfMemoryError, match="sampling 5 frames of 64×64 takes"):
+    monkeypatch.setattr(programs, "denoise_loop", None)
+    with pytest.raises(OutOfMemoryError, match="sampling 5 frames of 64×64 takes"):
         sd1.tav.sample(["red"] * 8, latents=latents, steps=4, strength=0.5)
 
 
@@ -207,7 +209,7 @@ def test_frames_that_cannot_be_used(sd1, frames, said):
     ],
 )
 def test_samples_that_cannot_be_made(sd1, options, said):
-    tav = TuneAVideo(sd1.tav.parts, "float32")
+    tav = TuneAVideo(sd1.tav.components, "float32")
     with pytest.raises(InputError, match=said):
         tav.sample("red", **options)
     with pytest.raises(InputError, match="list of prompts is empty"):

@@ -14,12 +14,13 @@ from conftest import REFERENCE
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from tav_jax import config, training
+from tav_jax import config
 from tav_jax.errors import InputError, MissingError
 from tav_jax.models import UNet, UNetConfig
 from tav_jax.plan import advice, chips, collectives, estimate, flops, job, keep, measure, page, prepare, sweep, traffic
 from tav_jax.plan.measure import Report, needed_bytes
 from tav_jax.plan.planner import Planner
+from tav_jax.training import train_step
 
 GIB = 2**30
 MODEL = REFERENCE / "sd2/model"
@@ -137,13 +138,13 @@ WIDE = UNetConfig(
 def test_the_count_is_xlas_within_a_few_percent(remat):
     """XLA's has the element-wise work as well, so it is a little more."""
     unet = nnx.eval_shape(lambda: UNet(WIDE, rngs=nnx.Rngs(0)))
-    graph, trained, frozen = nnx.split(unet, training.is_trainable(), ...)
+    graph, trained, frozen = nnx.split(unet, train_step.trainable_filter(), ...)
     shape = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
     latents, text, levels = (shape(s, jnp.float32) for s in ((1, 4, 8, 8, 4), (1, 77, 64), (1000,)))
-    traced = training.tune_step.trace(
+    traced = train_step.tune_step.trace(
         graph,
-        jax.eval_shape(training.Learner.create, trained),
+        jax.eval_shape(train_step.TrainState.create, trained),
         frozen,
         key,
         shape((), jnp.int32),
@@ -151,7 +152,7 @@ def test_the_count_is_xlas_within_a_few_percent(remat):
         latents,
         text,
         levels,
-        training.Hyper(*(jnp.float32(0) for _ in range(3))),
+        train_step.Hyperparameters(*(jnp.float32(0) for _ in range(3))),
         prediction="epsilon",
         remat=remat,
     )

@@ -13,8 +13,9 @@ import pytest
 from conftest import LOOKING_THERE, REFERENCE, with_libtpu
 from flax import nnx
 
-from tav_jax import layout, training
+from tav_jax.io import diffusers_layout
 from tav_jax.models import UNet
+from tav_jax.training import train_step
 
 GIB = 2**30
 MODEL = REFERENCE / "sd1/model"
@@ -81,8 +82,10 @@ def in_tiles(shape) -> int:
 def weights_of(root) -> tuple[list, list]:
     """The shapes of the trained ones and of the frozen ones."""
     path = root / "unet/config.json"
-    unet = nnx.eval_shape(lambda: UNet(layout.unet_config(json.loads(path.read_text()), path), rngs=nnx.Rngs(0)))
-    _, trained, frozen = nnx.split(unet, training.is_trainable(), ...)
+    unet = nnx.eval_shape(
+        lambda: UNet(diffusers_layout.unet_config(json.loads(path.read_text()), path), rngs=nnx.Rngs(0))
+    )
+    _, trained, frozen = nnx.split(unet, train_step.trainable_filter(), ...)
     return [x.shape for x in jax.tree.leaves(trained)], [x.shape for x in jax.tree.leaves(frozen)]
 
 

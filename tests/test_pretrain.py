@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tav_jax import TuneAVideo
-from tav_jax.sprites import pretrain
-from tav_jax.sprites.pretrain import Recipe
+from tools import pretrain_demo_model as pretrain
+from tools.pretrain_demo_model import Recipe
 
 
 def lesson(workdir, steps, upto=None):

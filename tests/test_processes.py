@@ -13,8 +13,10 @@ import pytest
 from conftest import REFERENCE, difference
 from safetensors.numpy import load_file
 
-from tav_jax import Clip, InputError, TuneAVideo, line, processes, weights
-from tav_jax.errors import LostError
+from tav_jax import Clip, InputError, TuneAVideo
+from tav_jax.distributed import line, processes
+from tav_jax.errors import ProcessLostError
+from tav_jax.io import weights
 
 WORKER = str(Path(__file__).parent / "processes_worker.py")
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
@@ -114,7 +116,7 @@ def test_a_run_of_one_is_continued_by_two(told):
 
 def test_a_run_of_two_is_restored_by_one(told):
     root, _ = told
-    restored = weights.torch_tensors(TuneAVideo.restore(root / "two").parts.unet, "unet")
+    restored = weights.torch_tensors(TuneAVideo.restore(root / "two").components.unet, "unet")
     exported = load_file(root / "exported/unet/diffusion_pytorch_model.safetensors")  # of what the two restored
     assert set(restored) == set(exported)
     assert all(np.array_equal(restored[name], exported[name]) for name in restored)
@@ -239,7 +241,7 @@ def test_a_wrong_environment_is_refused(given, sentence, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=sentence):
-        processes.join()
+        processes.initialize()
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[003-004]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
@@ -261,17 +263,17 @@ def test_a_single_process_leaves_no_trace(monkeypatch):
 
     monkeypatch.setattr(processes, "_looked", False)
     threads = threading.active_count()
-    processes.join()
+    processes.initialize()
     assert not jax.distributed.is_initialized()
     assert threading.active_count() == threads
-    assert processes.count() == 1
-    assert processes.is_first()
-    assert not processes.several()
-    assert processes.everyones("x", {"a": (1,)}) == [{"a": (1,)}]
-    assert processes.from_first("x", lambda: 3) == 3
-    assert (processes.agree(True), processes.agree(False)) == (True, False)
-    processes.same({"anything": object()})
-    processes.leave("nothing happens", 1)
+    assert processes.process_count() == 1
+    assert processes.is_primary()
+    assert not processes.is_multiprocess()
+    assert processes.gather("x", {"a": (1,)}) == [{"a": (1,)}]
+    assert processes.run_on_primary("x", lambda: 3) == 3
+    assert (processes.any_process(True), processes.any_process(False)) == (True, False)
+    processes.check_same({"anything": object()})
+    processes.exit_all("nothing happens", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the line
@@ -303,7 +305,7 @@ def together(lines: list, *words: tuple[str, object]) -> list:
     def one(index: int) -> None:
         try:
             made[index] = lines[index].exchange(*words[index], 5.0)
-        except LostError as error:
+        except ProcessLostError as error:
             made[index] = str(error)
 
     threads = [threading.Thread(target=one, args=(index,)) for index in range(len(lines))]
@@ -374,7 +376,7 @@ def test_one_that_is_late_is_named():
     answers = {}
 
     def one(index: int) -> None:
-        with pytest.raises(LostError) as error:
+        with pytest.raises(ProcessLostError) as error:
             lines[index].exchange("writing", None, 1.0)
         answers[index] = str(error.value)
 

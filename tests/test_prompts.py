@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tav_jax.prompts import file_names
+from tav_jax.training.run_directory import file_names
 
 
 @pytest.mark.parametrize(

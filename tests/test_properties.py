@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tav_jax import config, edit
-from tav_jax.errors import InputError, TavError, brief, listed
-from tav_jax.layout import text_config, unet_config, vae_config
-from tav_jax.prompts import file_names
-from tav_jax.video import load_video
-from tav_jax.workdir import Workdir
+from tav_jax import config
+from tav_jax.cli import edit
+from tav_jax.errors import InputError, TavError, join_names, short_repr
+from tav_jax.io.diffusers_layout import text_config, unet_config, vae_config
+from tav_jax.io.video import load_video
+from tav_jax.training.run_directory import RunDirectory, file_names
 
 steady = settings(
     derandomize=True, database=None, deadline=None, max_examples=120, suppress_health_check=list(HealthCheck)
@@ -66,7 +66,7 @@ def test_a_prompt_that_spells_out_anothers_name_gets_one_of_its_own():
 
 
 def test_prompts_whose_short_digests_are_alike_differ(monkeypatch):
-    from tav_jax import prompts
+    from tav_jax.io import tokenizer
 
     class Alike:
         def __init__(self, data):
@@ -75,7 +75,7 @@ def test_prompts_whose_short_digests_are_alike_differ(monkeypatch):
         def hexdigest(self):
             return "0" * 8 + self.data.hex().ljust(56, "f")
 
-    monkeypatch.setattr(prompts.hashlib, "sha256", Alike)
+    monkeypatch.setattr(tokenizer.hashlib, "sha256", Alike)
     assert len(set(file_names(["🎿", "⛷", "..."]))) == 3
 
 
@@ -98,7 +98,7 @@ def test_every_prompt_can_be_a_caption(text):
 @steady
 @given(st.recursive(st.none() | st.text(st.characters()) | st.integers() | st.floats(), st.lists, max_leaves=200))
 def test_a_sentence_holds_any_value_on_one_short_line(value):
-    for said in (brief(value), listed([str(value)] * 30)):
+    for said in (short_repr(value), join_names([str(value)] * 30)):
         assert said.isprintable() or not str(value).isprintable()
         assert "\n" not in said
         assert len(said) < 2000
@@ -195,7 +195,7 @@ def test_a_value_of_another_type_is_refused_by_its_name(name, value):
     if name == "train.remat" and type(value) is bool:  # as it was said before the policies had names
         return
     *groups, last = name.split(".")
-    with pytest.raises(InputError, match=re.escape(f"{name} is {brief(value)}, expected")):
+    with pytest.raises(InputError, match=re.escape(f"{name} is {short_repr(value)}, expected")):
         config.validate({groups[0]: {last: value}} if groups else {last: value})
 
 
@@ -261,7 +261,7 @@ def test_any_components_config_is_of_a_bounded_network_or_refused_in_one_line(ch
 @given(st.lists(PROMPTS, min_size=1, max_size=3))
 def test_what_is_published_stays_in_the_run(tmp_path_factory, texts):
     root = tmp_path_factory.getbasetemp() / "run"
-    folder = Workdir(root)
+    folder = RunDirectory(root)
     for name in file_names(texts):
         scratch = folder.scratch(f"edits/{name}.mp4")
         assert scratch.parent == root / "edits"

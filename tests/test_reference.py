@@ -14,7 +14,7 @@ def text_of(case, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.filterwarnings("ignore::tav_jax.prompts.PromptCut")
+@pytest.mark.filterwarnings("ignore::tav_jax.io.tokenizer.PromptCut")
 def test_token_ids_and_text_states(case, name):
     assert np.array_equal(case.tav.tokenize([text_of(case, name)]), case.numbers[f"ids_{name}"])
     assert difference(case.tav.encode_text([text_of(case, name)]), case.numbers[f"emb_{name}"]) <= 1e-5
@@ -33,7 +33,7 @@ def test_vae_both_ways(case):
     assert difference(decoded[0], np.clip(theirs / 2 + 0.5, 0, 1)) <= 1e-4
     # Without the clipping to [0, 1], which would hide what lies outside.
     latents = jnp.asarray(their_mean[:2])
-    assert difference(case.tav.parts.vae.decode(latents), theirs[:2]) <= 1e-4
+    assert difference(case.tav.components.vae.decode(latents), theirs[:2]) <= 1e-4
 
 
 @pytest.mark.parametrize("t", [1, 500, 981])
@@ -114,7 +114,7 @@ def test_inversion(case, tuned):
     path = tuned[0].invert(case.latents, steps=case.settings["inversion_steps"], return_trajectory=True)
     theirs = channels_last(case.numbers["inversion_trajectory"])[:, None]  # [steps + 1, 1, F, h, w, 4]
     assert difference(path, theirs) <= 1e-5
-    assert np.array_equal(tuned[0].schedule.inversion(10).timesteps[::-1], case.numbers["timesteps"])
+    assert np.array_equal(tuned[0].schedule.inversion_steps(10).timesteps[::-1], case.numbers["timesteps"])
 
 
 def test_samples(case, tuned):

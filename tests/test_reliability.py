@@ -22,12 +22,14 @@ import pytest
 from conftest import REFERENCE
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import Clip, TuneAVideo, checkpoint, environment, finite, lock, run, seals, training, weights
+from tav_jax import Clip, TuneAVideo
 from tav_jax import config as configs
 from tav_jax.errors import InputError, NotFiniteError, StoppedError, WeightsError
-from tav_jax.run import Run
-from tav_jax.stopping import Stop
-from tav_jax.workdir import HOST, Workdir
+from tav_jax.io import weights
+from tav_jax.training import checkpoint, checksums, environment, lock, loop, nonfinite, train_step
+from tav_jax.training.preemption import Stop
+from tav_jax.training.run import Run
+from tav_jax.training.run_directory import HOST, RunDirectory
 
 MODEL = REFERENCE / "sd1/model"
 
@@ -64,7 +66,7 @@ def train(folder, config, stop=None) -> str:
 
 
 def trained(folder) -> dict[str, np.ndarray]:
-    return weights.torch_tensors(TuneAVideo.restore(folder).parts.unet, "unet")
+    return weights.torch_tensors(TuneAVideo.restore(folder).components.unet, "unet")
 
 
 def metrics(folder) -> list[tuple[int, float]]:
@@ -127,7 +129,7 @@ def test_two_kills_lose_nothing(tmp_path):
 def test_scratch_files_of_dead_processes_go_and_those_of_the_living_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    folder, alive = Workdir(tmp_path), os.getppid()
+    folder, alive = RunDirectory(tmp_path), os.getppid()
     ours = [folder.scratch("config.json"), tmp_path / "previews" / f"..{HOST}-{os.getpid()}.a.12345678.mp4"]
     left = [tmp_path / f".{HOST}-{dead.pid}.config.json", tmp_path / "edits" / f".{HOST}-{dead.pid}.red.mp4"]
     stay = [tmp_path / f".{HOST}-{alive}.red.mp4", tmp_path / ".0badcafe-1.red.mp4", tmp_path / "edits/red.mp4"]
@@ -136,7 +138,7 @@ def test_scratch_files_of_dead_processes_go_and_those_of_the_living_stay(tmp_pat
         file.parent.mkdir(exist_ok=True)
         file.write_text("x")
     os.utime(old, (1, 1))
-    folder.sweep()
+    folder.remove_scratch()
     assert {x for x in tmp_path.rglob("*") if x.is_file()} == set(stay)
 
 
@@ -155,21 +157,21 @@ def test_an_old_checkpoint_loses_its_name_before_its_first_file(settings, tmp_pa
 
 def test_a_clips_own_scratch_file_is_known_by_its_name(tmp_path, monkeypatch):
     """An encoder that is killed leaves what it wrote; the next start must know whose it was."""
-    folder, seen = Workdir(tmp_path), []
+    folder, seen = RunDirectory(tmp_path), []
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(a).name), real(a, b)))
     video = Clip(np.zeros((2, 32, 32, 3), np.uint8), 5.0)
-    run.publish_video(folder, video, f"previews/step_000001/{'long-name-' * 6}.mp4")
+    loop.publish_video(folder, video, f"previews/step_000001/{'long-name-' * 6}.mp4")
     seen = [name for name in seen if name.startswith(".")]
     assert len(seen) == 2  # the clip's own, and ours
     for name in seen:
         (tmp_path / name).write_text("x")
-    folder.sweep()
+    folder.remove_scratch()
     assert sorted(x.suffix for x in tmp_path.rglob("*") if x.is_file()) == [".mp4"]
 
 
 def test_previews_that_a_kill_took_are_made_when_the_run_goes_on(settings, tmp_path, monkeypatch):
-    config, real = settings(train__steps=4, train__preview_every=2), run.publish_video
+    config, real = settings(train__steps=4, train__preview_every=2), loop.publish_video
     for step in (2, 4):  # in the middle, and at the end, where the run could be taken for finished
 
         def killed(workdir, video, name, at=f"step_{step:06d}"):
@@ -177,7 +179,7 @@ def test_previews_that_a_kill_took_are_made_when_the_run_goes_on(settings, tmp_p
                 raise KeyboardInterrupt
             real(workdir, video, name)
 
-        monkeypatch.setattr(run, "publish_video", killed)
+        monkeypatch.setattr(loop, "publish_video", killed)
         job = Run.start_or_continue(str(tmp_path / "run"), config)
         with pytest.raises(KeyboardInterrupt):
             job.train()
@@ -198,7 +200,7 @@ LISTENER = """
 import sys, time
 from hashlib import pbkdf2_hmac
 from pathlib import Path
-from tav_jax.stopping import Stop
+from tav_jax.training.preemption import Stop
 
 what, file = sys.argv[1], Path(sys.argv[2])
 
@@ -272,7 +274,12 @@ def test_a_stopped_run_keeps_its_last_step_and_goes_on_bit_for_bit(whole, settin
 def test_sigterm_ends_tav_train_with_75_and_a_checkpoint(process, whole, settings, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(configs.to_json(settings(train__steps=100_000, train__checkpoint_every=0)))
-    line = ("from tav_jax.cli import entry; entry()", "train", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    line = (
+        "from tav_jax.cli.main import entry; entry()",
+        "train",
+        f"--config={config}",
+        f"--workdir={tmp_path / 'run'}",
+    )
     child = process(*line)
     while not (tmp_path / "run/metrics.jsonl").exists() or len(metrics_so_far(tmp_path / "run")) < 3:
         assert child.poll() is None, child.communicate()
@@ -317,34 +324,34 @@ DAMAGES = {
     "a flipped bit": lambda checkpoint: flip(largest(checkpoint)),
     "a missing file": lambda checkpoint: largest(checkpoint).unlink(),
     "a missing part": lambda checkpoint: shutil.rmtree(checkpoint / "learner"),
-    "no seal": lambda checkpoint: (checkpoint / seals.NAME).unlink(),
-    "a damaged seal": lambda checkpoint: os.truncate(checkpoint / seals.NAME, 10),
+    "no seal": lambda checkpoint: (checkpoint / checksums.NAME).unlink(),
+    "a damaged seal": lambda checkpoint: os.truncate(checkpoint / checksums.NAME, 10),
     "left by a crash": crash,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_found_out_and_the_one_before_is_used(copy, damage):
-    assert seals.examine(copy / "checkpoints") == seals.Found(6, [])
+    assert checksums.examine(copy / "checkpoints") == checksums.Found(6, [])
     DAMAGES[damage](copy / "checkpoints/6")
     before = contents(copy)
-    found = seals.examine(copy / "checkpoints")
+    found = checksums.examine(copy / "checkpoints")
     assert (found.newest, [d.step for d in found.damaged]) == (4, [6])
     assert contents(copy) == before  # looking changes nothing
 
 
 def test_no_file_of_a_checkpoint_can_change_unseen(whole, tmp_path):
-    files = [x for x in (whole / "checkpoints/6").rglob("*") if x.is_file() and x.name not in seals.LATER]
+    files = [x for x in (whole / "checkpoints/6").rglob("*") if x.is_file() and x.name not in checksums.LATER]
     assert len(files) > 5
     for i, file in enumerate(files):
         checkpoint = Path(shutil.copytree(whole / "checkpoints/6", tmp_path / str(i)))
-        assert seals.flaw(checkpoint) is None
+        assert checksums.flaw(checkpoint) is None
         damaged = checkpoint / file.relative_to(whole / "checkpoints/6")
         if damaged.stat().st_size:
             flip(damaged)
-            assert "is not what was written" in (seals.flaw(checkpoint) or ""), file
+            assert "is not what was written" in (checksums.flaw(checkpoint) or ""), file
         damaged.unlink()
-        assert "is missing" in (seals.flaw(checkpoint) or ""), file
+        assert "is missing" in (checksums.flaw(checkpoint) or ""), file
 
 
 def test_a_run_goes_on_from_the_one_before_and_keeps_the_damaged_one(copy, whole, settings):
@@ -364,7 +371,7 @@ def test_a_run_goes_on_from_the_one_before_and_keeps_the_damaged_one(copy, whole
 def test_edits_use_the_one_before_and_move_nothing(copy, capsys):
     flip(largest(copy / "checkpoints/6"))
     before = contents(copy)
-    four = weights.torch_tensors(Run.open(copy).restore(4).parts.unet, "unet")
+    four = weights.torch_tensors(Run.open(copy).restore(4).components.unet, "unet")
     newest = trained(copy)
     assert "The checkpoint of step 6 is damaged" in capsys.readouterr().out
     assert all(np.array_equal(four[name], newest[name]) for name in four)
@@ -386,7 +393,7 @@ def test_where_all_are_damaged_nothing_is_touched(copy, settings):
 
 def test_checkpoints_without_seals_are_read_and_a_damaged_one_is_told(copy, whole, settings):
     for step in (4, 6):
-        (copy / f"checkpoints/{step}" / seals.NAME).unlink()
+        (copy / f"checkpoints/{step}" / checksums.NAME).unlink()
     assert same(whole, copy)
     largest(copy / "checkpoints/6").unlink()
     with pytest.raises(WeightsError, match="checkpoints/6 cannot be read"):
@@ -398,7 +405,7 @@ def test_checkpoints_without_seals_are_read_and_a_damaged_one_is_told(copy, whol
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tav_jax.lock import only_one
+from tav_jax.training.lock import only_one
 with only_one(Path(sys.argv[1])):
     print("held"); time.sleep(600)
 """
@@ -452,8 +459,8 @@ UNET = ("unet/diffusion_pytorch_model.safetensors", "conv_in.bias")
 )
 def test_the_likely_cause_is_said(step, values, dtype, rate, said):
     with pytest.raises(NotFiniteError, match=said):
-        finite.check_report(step, values, dtype=dtype, learning_rate=rate)
-    finite.check_report(step, {"loss": 1.0, "grad_norm": 0.0}, dtype=dtype, learning_rate=rate)
+        nonfinite.check_metrics(step, values, dtype=dtype, learning_rate=rate)
+    nonfinite.check_metrics(step, {"loss": 1.0, "grad_norm": 0.0}, dtype=dtype, learning_rate=rate)
 
 
 @pytest.mark.parametrize("what", ["report", "learner"])
@@ -467,11 +474,11 @@ def test_what_is_not_finite_reaches_no_checkpoint(settings, tmp_path, monkeypatc
         def spoiled(learner, step):
             learner, report = advance(learner, step)
             if step + 1 == 4 and what == "report":
-                report = training.Report(jnp.float32(jnp.nan), report.grad_norm)
+                report = train_step.StepMetrics(jnp.float32(jnp.nan), report.grad_norm)
             if step + 1 == 4 and what == "learner":
-                adam = learner.moments[0]
+                adam = learner.opt_state[0]
                 mu = jax.tree.map(lambda x: x.at[...].set(jnp.inf), adam.mu)
-                learner = training.Learner(learner.trained, (adam._replace(mu=mu), *learner.moments[1:]))
+                learner = train_step.TrainState(learner.params, (adam._replace(mu=mu), *learner.opt_state[1:]))
             return learner, report
 
         return learner, spoiled
@@ -483,16 +490,16 @@ def test_what_is_not_finite_reaches_no_checkpoint(settings, tmp_path, monkeypatc
     monkeypatch.undo()
     found = Run.open(tmp_path / "run")
     assert found.checkpoints.newest == 2
-    assert finite.all_finite(found.restore().parts.unet)
+    assert nonfinite.all_finite(found.restore().components.unet)
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_every_report_is_read_before_a_step_is_kept():
     seen = []
-    steps = training.loop(
-        lambda learner, step: (learner, training.Report(jnp.float32(step), jnp.float32(0))),
-        training.Learner(training.nnx.State({}), ()),
+    steps = train_step.run_steps(
+        lambda learner, step: (learner, train_step.StepMetrics(jnp.float32(step), jnp.float32(0))),
+        train_step.TrainState(train_step.nnx.State({}), ()),
         0,
         9,
         settle=lambda done: done == 5,
@@ -528,16 +535,18 @@ def test_latents_that_are_not_finite_give_no_picture(sd1):
 
 def test_black_and_burnt_pictures_are_told(sd1):
     grey = np.full((2, 8, 8, 3), 100, np.uint8)
-    assert finite.flatness(grey) == 0
+    assert nonfinite.clipped_share(grey) == 0
     burnt = np.where(np.arange(8)[None, :, None, None] < 4, 0, 255).astype(np.uint8).repeat(3, -1)
-    assert finite.flatness(burnt) == 1
-    with pytest.warns(finite.FlatPicture, match="100% of what was sampled for 'red' is quite black or quite white"):
-        finite.warn_if_flat(burnt, "red")
-    last = sd1.tav.parts.vae.decoder.conv_out.bias
+    assert nonfinite.clipped_share(burnt) == 1
+    with pytest.warns(
+        nonfinite.ClippedVideoWarning, match="100% of what was sampled for 'red' is quite black or quite white"
+    ):
+        nonfinite.warn_if_clipped(burnt, "red")
+    last = sd1.tav.components.vae.decoder.conv_out.bias
     before = last[...]
     last[...] = before + 1e3  # all that is decoded is far beyond white
     try:
-        with pytest.warns(finite.FlatPicture):
+        with pytest.warns(nonfinite.ClippedVideoWarning):
             sd1.tav.sample("red", latents=sd1.latents, steps=2, guidance=1.0)
     finally:
         last[...] = before
@@ -552,12 +561,12 @@ def test_debug_nans_names_the_operation(settings, tmp_path, monkeypatch):
         return jnp.log(real(self, *args, **options) * 0 - 1)
 
     monkeypatch.setattr(UNet, "__call__", log_of_less_than_nothing)
-    training.tune_step.clear_cache()
+    train_step.tune_step.clear_cache()
     try:
         with jax.debug_nans(True), pytest.raises(NotFiniteError, match=r"step 1: .*nan.*log"):
             train(tmp_path / "run", settings())
     finally:
-        training.tune_step.clear_cache()
+        train_step.tune_step.clear_cache()
 
 
 # --------------------------------------------------------------------------------------------------- the same again
@@ -589,28 +598,28 @@ def test_two_processes_give_the_same_bits(process):
 
 
 def test_a_run_is_made_again_from_its_folder(whole, tmp_path):
-    from tav_jax import cli
+    from tav_jax.cli import settings as settings_module
 
     line = ["train", f"--config={whole / 'config.json'}", f"--workdir={tmp_path / 'again'}"]
     done = subprocess.run([sys.executable, "-m", "tav_jax", *line], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert same(whole, tmp_path / "again")
     assert (whole / "config.json").read_text() == (tmp_path / "again/config.json").read_text()
-    changed = cli.read_config([line[1], "--config.train.steps=9", "--config.edit.prompts=a dog"])
+    changed = settings_module.read_config([line[1], "--config.train.steps=9", "--config.edit.prompts=a dog"])
     assert (changed.train.steps, changed.edit.prompts, changed.train.learning_rate) == (9, ("a dog",), 1e-3)
     (tmp_path / "bad.json").write_text('{"train": {"stepz": 3}}')
     with pytest.raises(InputError, match=r"train\.stepz is not a setting"):
-        cli.read_config([f"--config={tmp_path / 'bad.json'}"])
+        settings_module.read_config([f"--config={tmp_path / 'bad.json'}"])
     (tmp_path / "bad.json").write_text('{"train": ')
     with pytest.raises(InputError, match="is no readable JSON"):
-        cli.read_config([f"--config={tmp_path / 'bad.json'}"])
+        settings_module.read_config([f"--config={tmp_path / 'bad.json'}"])
 
 
 def test_a_run_writes_down_what_it_was_made_with(copy, settings, monkeypatch):
     first = json.loads((copy / "environment.json").read_text())
     assert first["packages"]["jax"] == jax.__version__
     assert first["devices"] == [device.device_kind for device in jax.devices()]
-    assert first["base"] == TuneAVideo.restore(copy).parts.fingerprint
+    assert first["base"] == TuneAVideo.restore(copy).components.fingerprint
     assert first["earlier"] == []
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=nowhere")
     train(copy, settings(train__steps=7))

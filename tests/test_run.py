@@ -11,11 +11,15 @@ import pytest
 from conftest import REFERENCE
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import Clip, TuneAVideo, checkpoint, edit, metrics, programs, run, weights, workdir
+from tav_jax import Clip, TuneAVideo
 from tav_jax import config as configs
+from tav_jax.cli import edit
+from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
-from tav_jax.run import Run
-from tav_jax.workdir import Workdir
+from tav_jax.io import weights
+from tav_jax.training import checkpoint, loop, metrics, run_directory
+from tav_jax.training.run import Run
+from tav_jax.training.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def settings(clip_file):
 
 
 def trained(folder) -> dict[str, np.ndarray]:
-    return weights.torch_tensors(TuneAVideo.restore(folder).parts.unet, "unet")
+    return weights.torch_tensors(TuneAVideo.restore(folder).components.unet, "unet")
 
 
 def steps_logged(folder) -> list[int]:
@@ -95,11 +99,11 @@ def test_a_run_learns_and_keeps_only_what_it_learned(whole, sd1):
 def test_the_notebooks_tune_is_the_same_run(whole, settings):
     c = settings()
     tav = TuneAVideo.from_pretrained(c.model.path, dtype="float32", seed=c.seed)
-    result = tav.tune(run.load_clip(c), c.clip.prompt, steps=6, learning_rate=1e-3, seed=c.seed)
+    result = tav.tune(loop.load_clip(c), c.clip.prompt, steps=6, learning_rate=1e-3, seed=c.seed)
     assert result.losses.shape == result.grad_norms.shape == (6,)
     logged = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").open()]
     np.testing.assert_allclose(result.losses, logged, rtol=1e-6)
-    ours, theirs = weights.torch_tensors(tav.parts.unet, "unet"), trained(whole)
+    ours, theirs = weights.torch_tensors(tav.components.unet, "unet"), trained(whole)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -190,9 +194,9 @@ def test_edits_share_one_inversion_and_one_program(whole, settings, tmp_path, ca
     shutil.copytree(whole, tmp_path / "run")
     job = Run.open(tmp_path / "run")
     monkeypatch.setattr(edit.memory, "available", lambda: 1)  # no room for more than one prompt at a time
-    programs.walk_latents.clear_cache()
+    programs.denoise_loop.clear_cache()
     paths = edit.edit(job, ["blue square", "red circle", "blue square"])
-    assert programs.walk_latents._cache_size() == 2  # the inversion and the sampler
+    assert programs.denoise_loop._cache_size() == 2  # the inversion and the sampler
     assert [path.rsplit("/", 1)[1] for path in paths] == [
         "blue-square.mp4",
         "red-circle.mp4",
@@ -201,7 +205,7 @@ def test_edits_share_one_inversion_and_one_program(whole, settings, tmp_path, ca
     assert "Inverted the clip in 2 steps" in capsys.readouterr().out
     edit.edit(job, ["green"])
     assert "Reusing the inversion" in capsys.readouterr().out
-    assert programs.walk_latents._cache_size() == 2
+    assert programs.denoise_loop._cache_size() == 2
     with pytest.raises(InputError, match=r"blue-square\.mp4 exists already; add --force"):
         edit.edit(job, ["blue square"])
     edit.edit(job, ["blue square"], force=True)
@@ -217,7 +221,7 @@ def test_batches_give_what_single_prompts_give(whole, monkeypatch):
     start, texts = tav.noise(0, 3, (32, 32)), ["red", "blue", "red square"]
     monkeypatch.setattr(edit.memory, "available", lambda: None)
     together = edit.sample_in_batches(tav, texts, start, e)
-    monkeypatch.setattr(edit.memory, "prompts_at_once", lambda wanted, each: 2)  # the second batch is filled up
+    monkeypatch.setattr(edit.memory, "prompt_batch_size", lambda wanted, each: 2)  # the second batch is filled up
     in_twos = edit.sample_in_batches(tav, texts, start, e)
     assert [x.prompt for x in together] == [x.prompt for x in in_twos] == texts
     for a, b in zip(together, in_twos, strict=True):
@@ -309,8 +313,8 @@ def test_a_run_in_a_bucket(settings, tmp_path, monkeypatch, capsys):
     Bucket.objects = {}
     # Orbax has buckets of its own; here it gets a folder, with the path class that it imported.
     folder = epath.Path(tmp_path / "checkpoints")
-    monkeypatch.setattr(run, "Checkpoints", lambda _, **options: checkpoint.Checkpoints(folder, **options))
-    monkeypatch.setattr(workdir, "bucket", Bucket)
+    monkeypatch.setattr(loop, "Checkpoints", lambda _, **options: checkpoint.Checkpoints(folder, **options))
+    monkeypatch.setattr(run_directory, "bucket", Bucket)
     place = "gs://bucket/run"
     config = settings(train__steps=4, train__preview_every=4, log__tensorboard=True)
     Run.start_or_continue(place, settings(train__steps=2)).train()
@@ -331,7 +335,7 @@ def test_a_run_in_a_bucket(settings, tmp_path, monkeypatch, capsys):
 def test_the_loop_reads_reports_late_and_loses_none():
     from flax.nnx import State
 
-    from tav_jax.training import Learner, Report, loop
+    from tav_jax.training.train_step import Report, TrainState, loop
 
     order = []
 
@@ -339,7 +343,7 @@ def test_the_loop_reads_reports_late_and_loses_none():
         order.append(f"start {step}")
         return learner, Report(jax.numpy.float32(step), jax.numpy.float32(0))
 
-    learner = Learner(State({}), ())
+    learner = TrainState(State({}), ())
 
     seen = []
     for progress in loop(advance, learner, 2, 9, lag=3):
@@ -350,7 +354,7 @@ def test_the_loop_reads_reports_late_and_loses_none():
 
 
 def test_files_are_whole_or_not_there(tmp_path):
-    folder = Workdir(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.write("a/b.json", "one")
     with pytest.raises(UnicodeEncodeError):
         folder.write("a/b.json", "\ud800")

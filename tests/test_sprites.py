@@ -9,11 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tav_jax.prompts import load_tokenizer, tokenize
-from tav_jax.sprites import words, world
-from tav_jax.sprites.edits import KINDS, edits_of, scene_of, source_clip
-from tav_jax.sprites.judge import judge, look
-from tav_jax.sprites.world import (
+from tav_jax.demo import vocabulary as words
+from tav_jax.demo import world
+from tav_jax.demo.edits import KINDS, edits_of, scene_of, source_clip
+from tav_jax.demo.judge import judge, look
+from tav_jax.demo.world import (
     COLOURS,
     MOTIONS,
     PLACES,
@@ -26,6 +26,7 @@ from tav_jax.sprites.world import (
     scenes,
     still,
 )
+from tav_jax.io.tokenizer import load_tokenizer, tokenize
 
 # ---------------------------------------------------------------------------------------------------- the world
 

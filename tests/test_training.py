@@ -11,11 +11,15 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
-from tav_jax import config, training, weights
+from tav_jax import config
+from tav_jax.config import CHOICES, remat_name
 from tav_jax.errors import InputError
+from tav_jax.io import weights
 from tav_jax.models import UNet, UNetConfig
-from tav_jax.models.remat import NAMES, called
-from tav_jax.training import Example, Hyper, Learner, is_trainable
+
+NAMES = CHOICES["train.remat"]
+from tav_jax.training import train_step
+from tav_jax.training.train_step import Hyperparameters, TrainState, trainable_filter
 
 SMALL = UNetConfig(
     block_out_channels=(8, 16),
@@ -27,7 +31,7 @@ SMALL = UNetConfig(
     norm_num_groups=4,
 )
 FRAMES, SIDE = 3, 6
-HYPER = Hyper(jnp.float32(1e-3), jnp.float32(1e-2), jnp.float32(1.0))
+HYPER = Hyperparameters(jnp.float32(1e-3), jnp.float32(1e-2), jnp.float32(1.0))
 
 
 def network(dtype=jnp.float32, seed: int = 0, **changes) -> UNet:
@@ -49,12 +53,19 @@ def example(seed: int = 0, t: int = 321) -> tuple[Example, jax.Array]:
 LEVELS = jnp.linspace(0.999, 0.005, 1000)
 
 
-def step(unet: UNet, learner: Learner | None = None, seed: int = 0, t: int = 321, hyper: Hyper = HYPER, remat=True):
-    graph, trained, frozen = nnx.split(unet, is_trainable(), ...)
+def step(
+    unet: UNet,
+    learner: TrainState | None = None,
+    seed: int = 0,
+    t: int = 321,
+    hyper: Hyperparameters = HYPER,
+    remat=True,
+):
+    graph, trained, frozen = nnx.split(unet, trainable_filter(), ...)
     one, text = example(seed, t)
-    return training.replay_step(
+    return train_step.replay_step(
         graph,
-        learner or Learner.create(trained),
+        learner or TrainState.create(trained),
         frozen,
         one,
         text,
@@ -66,13 +77,13 @@ def step(unet: UNet, learner: Learner | None = None, seed: int = 0, t: int = 321
 
 
 def gradients(unet: UNet, remat: str | bool):
-    graph, trained, frozen = nnx.split(unet, is_trainable(), ...)
+    graph, trained, frozen = nnx.split(unet, trainable_filter(), ...)
     one, text = example()
 
     @jax.jit
     def grad(trained):
         return jax.grad(
-            lambda t: training.loss_of(nnx.merge(graph, t, frozen), one, text, LEVELS, "epsilon", remat=remat)
+            lambda t: train_step.diffusion_loss(nnx.merge(graph, t, frozen), one, text, LEVELS, "epsilon", remat=remat)
         )(trained)
 
     return {path: np.asarray(leaf.get_value()) for path, leaf in weights.flat(grad(trained)).items()}
@@ -93,11 +104,11 @@ def test_every_trained_tensor_gets_a_gradient_everywhere_and_remat_changes_nothi
 def kept_numbers(remat: str, capsys) -> int:
     """Of the forward pass, for the backward pass; weights and inputs, which are there anyway, left out."""
     unet = network()
-    graph, trained, frozen = nnx.split(unet, is_trainable(), ...)
+    graph, trained, frozen = nnx.split(unet, trainable_filter(), ...)
     one, text = example()
 
     def loss(trained, frozen, one, text):
-        return training.loss_of(nnx.merge(graph, trained, frozen), one, text, LEVELS, "epsilon", remat=remat)
+        return train_step.diffusion_loss(nnx.merge(graph, trained, frozen), one, text, LEVELS, "epsilon", remat=remat)
 
     print_saved_residuals(loss, trained, frozen, one, text)
     told = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
@@ -113,22 +124,22 @@ def test_each_remat_policy_keeps_less_than_the_one_before(capsys):
 
 
 def test_remat_may_be_said_as_it_was_at_first_and_a_wrong_name_is_refused():
-    assert (called(True), called(False), called("level")) == ("block", "none", "level")
+    assert (remat_name(True), remat_name(False), remat_name("level")) == ("block", "none", "level")
     with pytest.raises(ValueError, match=r"remat is 'blocks'; it must be one of none, products, .*"):
-        called("blocks")
+        remat_name("blocks")
     assert config.REMAT == NAMES
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_frozen_bits_stay_and_trained_ones_move(dtype):
     unet = network(dtype)
-    trainable = is_trainable()
+    trainable = trainable_filter()
     for path, leaf in weights.flat(nnx.state(unet)).items():
         if not trainable(path.split("."), None):
             leaf.set_value(leaf.get_value().astype(dtype))
     before = {path: np.asarray(leaf.get_value()) for path, leaf in weights.flat(nnx.state(unet)).items()}
     learner, report = step(unet)
-    nnx.update(unet, learner.trained)
+    nnx.update(unet, learner.params)
     moved = set()
     for path, leaf in weights.flat(nnx.state(unet)).items():
         after = np.asarray(leaf.get_value())
@@ -147,10 +158,12 @@ def test_frozen_bits_stay_and_trained_ones_move(dtype):
 def test_other_values_compile_nothing():
     unet = network()
     learner, _ = step(unet)
-    compiled = training.replay_step._cache_size()
+    compiled = train_step.replay_step._cache_size()
     for seed, t, rate in ((1, 5, 1e-4), (2, 999, 3e-5)):
-        learner, _ = step(unet, learner, seed, t, Hyper(jnp.float32(rate), jnp.float32(0.1), jnp.float32(0.5)))
-    assert training.replay_step._cache_size() == compiled
+        learner, _ = step(
+            unet, learner, seed, t, Hyperparameters(jnp.float32(rate), jnp.float32(0.1), jnp.float32(0.5))
+        )
+    assert train_step.replay_step._cache_size() == compiled
 
 
 def test_the_optimizer_is_torchs_adamw_with_torchs_clipping():
@@ -160,13 +173,13 @@ def test_the_optimizer_is_torchs_adamw_with_torchs_clipping():
     theirs = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
     adam = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, eps=1e-8)
     ours = jnp.asarray(start, jnp.float32)
-    optimizer = training.optimizer(Hyper(1e-2, 0.1))
+    optimizer = train_step.optimizer(Hyperparameters(1e-2, 0.1))
     moments = optimizer.init(ours)
     for gradient in grads:
         theirs.grad = torch.tensor(gradient, dtype=torch.float32)
         norm = torch.nn.utils.clip_grad_norm_([theirs], 1.0)
         adam.step()
-        clipped, our_norm = training.clip_by_norm(jnp.asarray(gradient, jnp.float32), 1.0)
+        clipped, our_norm = train_step.clip_by_global_norm(jnp.asarray(gradient, jnp.float32), 1.0)
         np.testing.assert_allclose(our_norm, float(norm), rtol=1e-6)
         updates, moments = optimizer.update(clipped, moments, ours)
         ours = optax.apply_updates(ours, updates)
@@ -176,8 +189,8 @@ def test_the_optimizer_is_torchs_adamw_with_torchs_clipping():
 def test_a_draw_depends_on_key_and_step_alone_and_has_the_right_spread():
     mean, std = jnp.full((1, 4, 16, 16, 4), 2.0), jnp.full((1, 4, 16, 16, 4), 0.5)
     key = jax.random.key(33)
-    draws = [training.draw(jax.random.fold_in(key, step), mean, std, 1000) for step in range(200)]
-    again = training.draw(jax.random.fold_in(key, 7), mean, std, 1000)
+    draws = [train_step.sample_example(jax.random.fold_in(key, step), mean, std, 1000) for step in range(200)]
+    again = train_step.sample_example(jax.random.fold_in(key, 7), mean, std, 1000)
     assert all(np.array_equal(a, b) for a, b in zip(draws[7], again, strict=True))
     latents, noise = (np.stack([np.asarray(getattr(d, name)) for d in draws]) for name in ("latents", "noise"))
     assert abs(latents.mean() - 2) < 0.01
@@ -193,11 +206,11 @@ def test_a_draw_depends_on_key_and_step_alone_and_has_the_right_spread():
 
 
 def test_the_subset_is_chosen_by_name_and_place():
-    assert is_trainable()(("down_blocks", 0, "attentions", 0, "attn1", "to_q", "kernel"), None)
-    assert not is_trainable()(("down_blocks", 0, "attentions", 0, "attn1", "to_k", "kernel"), None)
-    assert not is_trainable()(("up_blocks", 0, "norm_temp", "scale"), None)
-    assert is_trainable()(("mid_block", "attn_temp", "to_out", 0, "bias"), None)
-    assert not is_trainable(places=("mid", "up"))(("down_blocks", 0, "attn_temp", "to_q", "kernel"), None)
-    assert is_trainable(("attn1",))(("up_blocks", 0, "attn1", "to_v", "kernel"), None)
+    assert trainable_filter()(("down_blocks", 0, "attentions", 0, "attn1", "to_q", "kernel"), None)
+    assert not trainable_filter()(("down_blocks", 0, "attentions", 0, "attn1", "to_k", "kernel"), None)
+    assert not trainable_filter()(("up_blocks", 0, "norm_temp", "scale"), None)
+    assert trainable_filter()(("mid_block", "attn_temp", "to_out", 0, "bias"), None)
+    assert not trainable_filter(places=("mid", "up"))(("down_blocks", 0, "attn_temp", "to_q", "kernel"), None)
+    assert trainable_filter(("attn1",))(("up_blocks", 0, "attn1", "to_v", "kernel"), None)
     with pytest.raises(InputError, match="'left' is not one of down, mid, up"):
-        is_trainable(places=("left",))
+        trainable_filter(places=("left",))

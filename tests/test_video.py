@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tav_jax.video
+import tav_jax.io.video
 from tav_jax.errors import InputError, MissingError, TavError
-from tav_jax.video import Audio, Clip, load_video
+from tav_jax.io.video import Audio, Clip, load_video
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 170, 60), (30, 40, 210), (128, 128, 128)
 # Two frames of three are stored out of order.
@@ -672,7 +672,7 @@ def test_no_space_left(tmp_path, monkeypatch, name):
     class Known:
         hex = "0123456789abcdef"
 
-    monkeypatch.setattr(tav_jax.video.uuid, "uuid4", Known)
+    monkeypatch.setattr(tav_jax.io.video.uuid, "uuid4", Known)
     (tmp_path / f".out.01234567{Path(name).suffix}").symlink_to("/dev/full")
     with pytest.raises(InputError, match=rf"{name} could not be written \(no space left on device\); free some space"):
         NOISE.save(tmp_path / name)
@@ -687,7 +687,7 @@ def test_a_failure_of_any_kind_leaves_what_was_there(tmp_path, monkeypatch, name
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tav_jax.video, f"_write_{name[-3:]}", interrupted)
+    monkeypatch.setattr(tav_jax.io.video, f"_write_{name[-3:]}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         NOISE.save(tmp_path / name)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"what was there"]
@@ -963,19 +963,19 @@ def test_a_picture_that_unpacks_to_too_much(tmp_path):
 
 
 def test_more_than_memory_holds(clip20, monkeypatch):
-    monkeypatch.setattr(tav_jax.video, "MEMORY", 10 * 32 * 64 * 3)
+    monkeypatch.setattr(tav_jax.io.video, "MEMORY", 10 * 32 * 64 * 3)
     assert len(load_video(clip20, frames=10).frames) == 10
     assert "clip20.mp4 fills" in refusal(InputError, clip20)
     read = []
-    fit = tav_jax.video._fit
-    monkeypatch.setattr(tav_jax.video, "_fit", lambda *given: read.append(given) or fit(*given))
+    fit = tav_jax.io.video._fit
+    monkeypatch.setattr(tav_jax.io.video, "_fit", lambda *given: read.append(given) or fit(*given))
     assert "clip20.mp4 fills" in refusal(InputError, clip20, frames=11)
     assert len(read) == 1  # known at the first frame
     assert len(load_video(clip20, size=(16, 64)).frames) == 20
 
 
 def test_a_pause_of_days_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tav_jax.video, "MEMORY", 1000 * 32 * 64 * 3)
+    monkeypatch.setattr(tav_jax.io.video, "MEMORY", 1000 * 32 * 64 * 3)
     times = [*range(0, 5000, 10), 300_000_000]
     path = write(
         tmp_path / "a.mkv", [numbered(i % 256) for i in range(len(times))], codec="ffv1", rate=100, times=times
@@ -986,8 +986,8 @@ def test_a_pause_of_days_does_not_fill_the_memory(tmp_path, monkeypatch):
 
 def test_only_chosen_frames_become_pictures(clip20, monkeypatch):
     turned = []
-    upright = tav_jax.sources._upright
-    monkeypatch.setattr(tav_jax.sources, "_upright", lambda frame: turned.append(frame.pts) or upright(frame))
+    upright = tav_jax.io.decoding._upright
+    monkeypatch.setattr(tav_jax.io.decoding, "_upright", lambda frame: turned.append(frame.pts) or upright(frame))
     load_video(clip20, frames=3, start=2, stride=5)
     assert len(turned) == 3
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import TuneAVideo, weights
+from tav_jax import TuneAVideo
 from tav_jax.errors import InputError, MissingError, WeightsError
-from tav_jax.layout import CONFIGS, Layout
-from tav_jax.training import is_trainable
+from tav_jax.io import weights
+from tav_jax.io.diffusers_layout import CONFIGS, Layout
+from tav_jax.training.train_step import trainable_filter
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -37,7 +38,7 @@ def load(path, dtype="float32", **options) -> TuneAVideo:
 
 
 def state(tav: TuneAVideo) -> dict[str, np.ndarray]:
-    parts = {"unet": tav.parts.unet, "vae": tav.parts.vae, "text_encoder": tav.parts.text_encoder}
+    parts = {"unet": tav.components.unet, "vae": tav.components.vae, "text_encoder": tav.components.text_encoder}
     return {f"{name} {key}": x for name, part in parts.items() for key, x in weights.torch_tensors(part, name).items()}
 
 
@@ -233,8 +234,8 @@ def test_what_is_saved_opens_in_diffusers(model, sd1, tmp_path):
 
 def test_dtypes(case):
     tav = case.load("bfloat16")
-    trainable = is_trainable()
-    for path, leaf in weights.flat(weights.nnx.state(tav.parts.unet)).items():
+    trainable = trainable_filter()
+    for path, leaf in weights.flat(weights.nnx.state(tav.components.unet)).items():
         assert leaf.get_value().dtype == (jnp.float32 if trainable(path.split("."), None) else jnp.bfloat16), path
     exact = state(case.tav)
     for name, x in state(tav).items():
@@ -435,6 +436,6 @@ def test_options_are_checked(sd1):
 def test_values_are_those_of_the_file_whatever_the_axes(sd1):
     """An asymmetric kernel, looked up by hand."""
     theirs = load_file(sd1.model / "unet" / FILES["unet"])["conv_in.weight"]  # [out, in, height, width]
-    ours = sd1.tav.parts.unet.conv_in.kernel.get_value()  # [height, width, in, out]
+    ours = sd1.tav.components.unet.conv_in.kernel.get_value()  # [height, width, in, out]
     assert ours[2, 0, 3, 5] == theirs[5, 3, 2, 0]
     assert isinstance(ours, jax.Array)

@@ -1,8 +1,8 @@
-"""The noise schedule and one deterministic DDIM step, in either direction.
+"""The noise schedule, and one deterministic DDIM step in either direction.
 
-With ᾱ the cumulated product of 1 − β, a latent at level ᾱ is `x = √ᾱ·x0 + √(1−ᾱ)·ε`. A network predicts ε, or the
-velocity `v = √ᾱ·ε − √(1−ᾱ)·x0`. One DDIM step reads x0 and ε off a prediction at one level and composes them again at
-another; sampling goes up in ᾱ, inversion goes down, and both are the same function.
+With ᾱ = `alphas_cumprod`, the cumulative product of 1 − β, noisy latents are `x = √ᾱ·x0 + √(1−ᾱ)·ε`. A network predicts
+ε, or the velocity `v = √ᾱ·ε − √(1−ᾱ)·x0`. A DDIM step computes x0 and ε from the prediction at one ᾱ and combines them
+at another. Sampling goes to a larger ᾱ, inversion to a smaller one.
 """
 
 import math
@@ -14,46 +14,56 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tav_jax.errors import InputError, WeightsError, brief
+from tav_jax.errors import InputError, WeightsError, short_repr
 
 Prediction = Literal["epsilon", "v_prediction"]
 Values = Array | np.ndarray
-MOST_STEPS = 100_000  # of training; 1000 is usual
-Level = Float[Values, ""] | np.floating | float
+Alpha = Float[Values, ""] | np.floating | float
+MAX_TRAIN_TIMESTEPS = 100_000  # 1000 is usual
 
 
-class Ladder(NamedTuple):
-    """The steps of one walk. Row i: ask the network at `timesteps[i]`, go from level `start[i]` to level `end[i]`."""
+class Steps(NamedTuple):
+    """The steps of a sampling or inversion loop, as columns; inside the loop, the values of one step.
 
-    timesteps: Int[np.ndarray, "steps"]
-    start: Float[np.ndarray, "steps"]
-    end: Float[np.ndarray, "steps"]
+    In step i the network is called at `timestep[i]`, and the latents go from `alpha[i]` to `next_alpha[i]`, both values
+    of ᾱ. `step` and `remaining` count the steps before and after it, for methods that treat the ends differently.
+    """
 
-    def part(self, first: int, last: int) -> "Ladder":
-        """The rows from one to before another."""
-        return Ladder(*(column[first:last] for column in self))
+    timestep: Int[Values, "*N"]
+    alpha: Float[Values, "*N"]
+    next_alpha: Float[Values, "*N"]
+    step: Int[Values, "*N"]
+    remaining: Int[Values, "*N"]
+
+    @classmethod
+    def of(cls, timestep: np.ndarray, alpha: np.ndarray, next_alpha: np.ndarray) -> "Steps":
+        step = np.arange(len(timestep), dtype=np.int32)
+        return cls(timestep, alpha, next_alpha, step, step[::-1].copy())
+
+    def slice(self, begin: int, end: int) -> "Steps":
+        return Steps(*(column[begin:end] for column in self))
 
 
 def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
-    """float32, with torch's rounding: the tables are Diffusers' to the last bit."""
+    """In float32 with torch's rounding, so that the tables equal Diffusers' bit for bit."""
     if schedule == "linear":
         return _linspace(first, last, count)
     if schedule == "scaled_linear":
         return _linspace(math.sqrt(first), math.sqrt(last), count) ** 2
     if schedule == "squaredcos_cap_v2":
 
-        def level(u):
+        def alpha(u):
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-        return np.array([min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)], np.float32)
+        return np.array([min(1 - alpha((i + 1) / count) / alpha(i / count), 0.999) for i in range(count)], np.float32)
     raise WeightsError(
-        f"the scheduler's beta_schedule is {brief(schedule)}; known are 'scaled_linear' (Stable Diffusion's), 'linear' "
-        "and 'squaredcos_cap_v2'. Mend scheduler/scheduler_config.json."
+        f"the scheduler's beta_schedule is {short_repr(schedule)}; known are 'scaled_linear' (Stable Diffusion's), 'linear' "
+        "and 'squaredcos_cap_v2'. Fix scheduler/scheduler_config.json."
     )
 
 
 def _linspace(first: float, last: float, count: int) -> np.ndarray:
-    """torch.linspace in float32: counted from the nearer end, each value rounded once (a fused multiply-add)."""
+    """torch.linspace in float32: computed from the nearer end, each value rounded once (a fused multiply-add)."""
     begin, end = np.float32(first), np.float32(last)
     step = np.float64((end - begin) / np.float32(max(count - 1, 1)))
     i = np.arange(count)
@@ -61,52 +71,58 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
     return np.where(i < count // 2, up, down).astype(np.float32)
 
 
-def _number(value: Any) -> bool:
+def _is_fraction(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
 
 
 def _setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name, default)
     if isinstance(default, int):
-        if type(value) is not int or not 2 <= value <= MOST_STEPS:
-            raise _unusable(name, value, f"a whole number from 2 to {MOST_STEPS}")
-    elif not _number(value):
+        if type(value) is not int or not 2 <= value <= MAX_TRAIN_TIMESTEPS:
+            raise _unusable(name, value, f"a whole number from 2 to {MAX_TRAIN_TIMESTEPS}")
+    elif not _is_fraction(value):
         raise _unusable(name, value, "a number between 0 and 1")
     return value
 
 
 def _unusable(name: str, value: Any, expected: str) -> WeightsError:
     return WeightsError(
-        f"the scheduler's {name} is {brief(value)}, expected {expected}. Mend scheduler/scheduler_config.json."
+        f"the scheduler's {name} is {short_repr(value)}, expected {expected}. Fix scheduler/scheduler_config.json."
     )
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
-    """A pipeline's noise schedule, read as DDIM: no clipping of x0, steps offset by one, η = 0."""
+class NoiseSchedule:
+    """A pipeline's noise schedule, read as DDIM's: x0 is not clipped, timesteps are offset by one, η = 0."""
 
-    levels: Float[np.ndarray, "train_steps"]  # ᾱ for each training timestep
-    final: float  # ᾱ beyond the first timestep
+    alphas_cumprod: Float[np.ndarray, "train_timesteps"]
+    final_alpha_cumprod: float  # ᾱ beyond the first timestep
     prediction: Prediction
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """From a Diffusers scheduler config of any class: only its noise and its prediction type are taken."""
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """From a Diffusers scheduler config of any class: its betas and its prediction type are used."""
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise WeightsError(
-                f"the scheduler's prediction_type is {brief(prediction)}; only 'epsilon' and 'v_prediction' can be "
-                "tuned and inverted. Mend scheduler/scheduler_config.json if the weights predict one of these."
+                f"the scheduler's prediction_type is {short_repr(prediction)}; only 'epsilon' and 'v_prediction' can be "
+                "tuned and inverted. Fix scheduler/scheduler_config.json if the weights predict one of these."
             )
         if config.get("rescale_betas_zero_snr"):
             raise WeightsError(
-                "the scheduler's rescale_betas_zero_snr is true: its last level holds no signal and cannot be "
+                "the scheduler's rescale_betas_zero_snr is true: its last timestep has no signal and cannot be "
                 "inverted. Set it to false in scheduler_config.json, or use a pipeline with the usual schedule."
             )
         trained = config.get("trained_betas")
         if trained is not None:
-            if not isinstance(trained, list) or not 2 <= len(trained) <= MOST_STEPS or not all(map(_number, trained)):
-                raise _unusable("trained_betas", trained, f"a list of 2 to {MOST_STEPS} numbers between 0 and 1")
+            if (
+                not isinstance(trained, list)
+                or not 2 <= len(trained) <= MAX_TRAIN_TIMESTEPS
+                or not all(map(_is_fraction, trained))
+            ):
+                raise _unusable(
+                    "trained_betas", trained, f"a list of 2 to {MAX_TRAIN_TIMESTEPS} numbers between 0 and 1"
+                )
             betas = np.asarray(trained, np.float32)
         else:
             betas = _betas(
@@ -115,69 +131,98 @@ class Schedule:
                 _setting(config, "beta_end", 0.02),
                 _setting(config, "num_train_timesteps", 1000),
             )
-        # torch multiplies up in float64 and rounds each product once.
-        levels = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
-        if not 0 < levels.min() <= levels.max() < 1:
+        # torch accumulates in float64 and rounds each product once.
+        alphas = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
+        if not 0 < alphas.min() <= alphas.max() < 1:
             raise WeightsError(
-                "the scheduler's betas leave a level without any signal, or without any noise, which cannot be "
-                "inverted. Mend scheduler/scheduler_config.json."
+                "the scheduler's betas have a timestep without any signal, or without any noise, which cannot be "
+                "inverted. Fix scheduler/scheduler_config.json."
             )
-        return cls(levels, 1.0 if config.get("set_alpha_to_one", True) else float(levels[0]), prediction)
+        return cls(alphas, 1.0 if config.get("set_alpha_to_one", True) else float(alphas[0]), prediction)
 
     @property
-    def train_steps(self) -> int:
-        return len(self.levels)
+    def train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
 
-    def _rungs(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Timesteps from 1 upwards, the level at each, and the level one step below it."""
-        limit = self.train_steps - 1
+    def _ddim_timesteps(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ascending timesteps from 1, ᾱ at each of them, and ᾱ one step below."""
+        limit = self.train_timesteps - 1
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= limit:
             raise InputError(f"steps is {steps!r}; it must be a whole number from 1 to {limit}, 50 is usual")
-        stride = self.train_steps // int(steps)
+        stride = self.train_timesteps // int(steps)
         t = stride * np.arange(steps) + 1
-        # JAX would wrap a negative index silently; in numpy, here, the case is spelled out.
-        below = np.where(t - stride < 0, np.float32(self.final), self.levels[np.maximum(t - stride, 0)])
-        return t.astype(np.int32), self.levels[t], below.astype(np.float32)
+        # A negative index would wrap around.
+        below = np.where(
+            t - stride < 0, np.float32(self.final_alpha_cumprod), self.alphas_cumprod[np.maximum(t - stride, 0)]
+        )
+        return t.astype(np.int32), self.alphas_cumprod[t], below.astype(np.float32)
 
-    def sampling(self, steps: int) -> Ladder:
-        """From noise to picture: for 50 steps the timesteps 981, 961, … 1."""
-        t, level, below = self._rungs(steps)
-        return Ladder(t[::-1].copy(), level[::-1].copy(), below[::-1].copy())
+    def inversion_steps(self, steps: int) -> Steps:
+        """From the clip to noise: for 50 steps the timesteps 1, 21, … 981."""
+        t, alpha, below = self._ddim_timesteps(steps)
+        return Steps.of(t, below, alpha)
 
-    def inversion(self, steps: int) -> Ladder:
-        """From picture to noise: for 50 steps the timesteps 1, 21, … 981."""
-        t, level, below = self._rungs(steps)
-        return Ladder(t, below, level)
+    def sampling_steps(self, steps: int, inversion_steps: int | None = None) -> Steps:
+        """From noise to the clip: for 50 steps the timesteps 981, 961, … 1.
+
+        Latents that were inverted in more steps (`inversion_steps`) are at the last of its timesteps, and the sampling
+        timesteps must be a subset of the inversion's: `round(linspace(0, M, N + 1))[1:] − 1` of M into N.
+        """
+        if inversion_steps is None or inversion_steps == steps:
+            t, alpha, below = self._ddim_timesteps(steps)
+        else:
+            t, alpha, _ = self._ddim_timesteps(inversion_steps)
+            self._ddim_timesteps(steps)  # checks the number
+            if steps > inversion_steps:
+                raise InputError(
+                    f"steps is {steps} and the latents were inverted in {inversion_steps} steps; sample with at most "
+                    f"{inversion_steps}, or invert with {steps} (inversion_steps)"
+                )
+            chosen = np.round(np.linspace(0, inversion_steps, steps + 1)).astype(int)[1:] - 1
+            t, alpha = t[chosen], alpha[chosen]
+            below = np.concatenate([[np.float32(self.final_alpha_cumprod)], alpha[:-1]]).astype(np.float32)
+        return Steps.of(t[::-1].copy(), alpha[::-1].copy(), below[::-1].copy())
 
 
-def add_noise(x0: Float[Values, "*s"], noise: Float[Values, "*s"], level: Level) -> Float[Array, "*s"]:
-    return jnp.sqrt(level) * x0 + jnp.sqrt(1 - level) * noise
+def prompted_steps(steps: int, strength: float) -> int:
+    """How many of the sampling steps, the last ones, use the prompt."""
+    return max(1, round(strength * steps))
 
 
-def velocity(x0: Float[Values, "*s"], noise: Float[Values, "*s"], level: Level) -> Float[Array, "*s"]:
-    return jnp.sqrt(level) * noise - jnp.sqrt(1 - level) * x0
+def add_noise(x0: Float[Values, "*s"], noise: Float[Values, "*s"], alpha: Alpha) -> Float[Array, "*s"]:
+    """`√ᾱ·x0 + √(1−ᾱ)·ε`"""
+    return jnp.sqrt(alpha) * x0 + jnp.sqrt(1 - alpha) * noise
 
 
-def move(
+def velocity(x0: Float[Values, "*s"], noise: Float[Values, "*s"], alpha: Alpha) -> Float[Array, "*s"]:
+    """`√ᾱ·ε − √(1−ᾱ)·x0`"""
+    return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+
+
+def training_target(
+    x0: Float[Values, "*s"], noise: Float[Values, "*s"], alpha: Alpha, prediction: Prediction
+) -> Float[Values, "*s"]:
+    """What the network should predict for `add_noise(x0, noise, alpha)`."""
+    return noise if prediction == "epsilon" else velocity(x0, noise, alpha)
+
+
+def predicted_x0_and_noise(
+    x: Float[Values, "*s"], model_output: Float[Values, "*s"], alpha: Alpha, prediction: Prediction
+) -> tuple[Float[Values, "*s"], Float[Values, "*s"]]:
+    """x0 and ε of noisy latents x at ᾱ = alpha, from the network's prediction."""
+    signal, noise = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+    if prediction == "epsilon":
+        return (x - noise * model_output) / signal, model_output
+    return signal * x - noise * model_output, signal * model_output + noise * x
+
+
+def ddim_step(
     x: Float[Values, "*s"],
-    predicted: Float[Values, "*s"],
-    start: Level,
-    end: Level,
+    model_output: Float[Values, "*s"],
+    alpha: Alpha,
+    next_alpha: Alpha,
     prediction: Prediction,
 ) -> Float[Array, "*s"]:
-    """One DDIM step: x at level `start` to level `end`, along the predicted noise or velocity."""
-    signal, noise = jnp.sqrt(start), jnp.sqrt(1 - start)
-    if prediction == "epsilon":
-        eps = predicted
-        x0 = (x - noise * eps) / signal
-    else:
-        x0 = signal * x - noise * predicted
-        eps = signal * predicted + noise * x
-    return jnp.sqrt(end) * x0 + jnp.sqrt(1 - end) * eps
-
-
-def target(
-    x0: Float[Values, "*s"], noise: Float[Values, "*s"], level: Level, prediction: Prediction
-) -> Float[Values, "*s"]:
-    """What the network should answer for `add_noise(x0, noise, level)`."""
-    return noise if prediction == "epsilon" else velocity(x0, noise, level)
+    """`√ᾱ'·x0 + √(1−ᾱ')·ε`: x at ᾱ = alpha to ᾱ' = next_alpha."""
+    x0, eps = predicted_x0_and_noise(x, model_output, alpha, prediction)
+    return jnp.sqrt(next_alpha) * x0 + jnp.sqrt(1 - next_alpha) * eps

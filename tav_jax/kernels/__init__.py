@@ -1,26 +1,23 @@
-"""Accelerator kernels and the choice between them."""
+"""Attention kernels, and the choice between them."""
 
-from tav_jax.kernels.attend import attend, frames_at_once
-from tav_jax.kernels.spatial import (
-    ENOUGH_TOKENS,
-    KERNELS,
+from tav_jax.kernels.attention import (
+    MIN_KERNEL_TOKENS,
     Kernel,
-    KernelError,
     SpatialAttention,
-    attend_frames,
-    choose,
-    frames_seen,
+    attention_batch_size,
+    choose_kernel,
+    frame_attention,
+    full_attention,
+    key_frames,
 )
 
 __all__ = [
-    "ENOUGH_TOKENS",
-    "KERNELS",
+    "MIN_KERNEL_TOKENS",
     "Kernel",
-    "KernelError",
     "SpatialAttention",
-    "attend",
-    "attend_frames",
-    "choose",
-    "frames_at_once",
-    "frames_seen",
+    "attention_batch_size",
+    "choose_kernel",
+    "frame_attention",
+    "full_attention",
+    "key_frames",
 ]

@@ -1,10 +1,12 @@
-"""The networks, and nothing else: no files, no configs of runs, no command line.
+"""The networks. They know nothing of files, run configs or the command line.
 
-Arrays are channels-last everywhere. Parameter paths follow Diffusers' names, so that `attn1.to_q` is found at once.
+Arrays are channels-last. Parameter paths follow Diffusers' names: `attn1.to_q` is the query projection of the spatial
+attention.
 """
 
 from tav_jax.models.clip_text import ClipText, ClipTextConfig
+from tav_jax.models.conditioning import Conditioning
 from tav_jax.models.unet import UNet, UNetConfig
 from tav_jax.models.vae import VAE, VAEConfig
 
-__all__ = ["VAE", "ClipText", "ClipTextConfig", "UNet", "UNetConfig", "VAEConfig"]
+__all__ = ["VAE", "ClipText", "ClipTextConfig", "Conditioning", "UNet", "UNetConfig", "VAEConfig"]

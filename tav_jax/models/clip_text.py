@@ -28,7 +28,7 @@ class ClipTextConfig:
 
     @classmethod
     def sd2(cls) -> "ClipTextConfig":
-        """OpenCLIP-H without its last layer: Stable Diffusion 2 reads the one before."""
+        """OpenCLIP-H without its last layer: Stable Diffusion 2 uses the output of the one before."""
         return cls(
             hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
         )

@@ -1,7 +1,7 @@
 """Norms that the UNet, the VAE and the text encoder share.
 
-Group norms take their statistics over everything but the first axis: over (frames, H, W) for a video `[B, F, H, W, C]`,
-as the official code does, and over (H, W) for pictures `[N, H, W, C]`.
+Group norms take their statistics over all axes but the first: over (frames, H, W) for a video `[B, F, H, W, C]`, as the
+official code does, and over (H, W) for images `[N, H, W, C]`.
 """
 
 from typing import Any
@@ -12,24 +12,24 @@ from jaxtyping import Array, Bool, Float
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs) -> nnx.GroupNorm:
-    fast = _in_one_pass(dtype)
+    fast = _use_fast_variance(dtype)
     return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=fast, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(dim: int, epsilon: float = 1e-5, *, dtype, rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=_in_one_pass(dtype), dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=_use_fast_variance(dtype), dtype=dtype, rngs=rngs)
 
 
-def _in_one_pass(dtype: Any) -> bool:
-    """Whether the variance is E[x²] − E[x]², which reads x once, and not E[(x − E[x])²], which reads it twice.
+def _use_fast_variance(dtype: Any) -> bool:
+    """Whether to compute the variance as E[x²] − E[x]², which reads x once, or as E[(x − E[x])²], which reads it twice.
 
-    Both are taken in float32. The first loses digits, as many as the mean is larger than the spread: more than the
-    comparison with the official numbers in float32 allows, and fewer than numbers of 16 bits have not got anyway. On a
-    TPU norms were a third of a transformer's time by the compiler's estimate, and this takes a seventh off the whole.
+    Both are in float32. The first one loses about as many digits as the mean is larger than the standard deviation:
+    too many for the comparison with the official numbers in float32, and fewer than a 16-bit type lacks anyway. On a
+    TPU, norms are a third of a transformer's time by the compiler's estimate, and the first one saves a seventh of it.
     """
     return jnp.dtype(dtype).itemsize < 4
 
 
-def frame_mask(real: Bool[Array, "F"] | None, x: Float[Array, "*b h w c"]) -> Bool[Array, "*b h w c"] | None:
-    """For group norms: only what belongs to real frames counts."""
-    return None if real is None else jnp.broadcast_to(real[:, None, None, None], x.shape)
+def group_norm_mask(frame_mask: Bool[Array, "F"] | None, x: Float[Array, "*b h w c"]) -> Bool[Array, "*b h w c"] | None:
+    """Leaves padded frames out of the statistics of a group norm."""
+    return None if frame_mask is None else jnp.broadcast_to(frame_mask[:, None, None, None], x.shape)

@@ -1,7 +1,7 @@
-"""Convolutional parts that the UNet and the VAE share.
+"""Convolutional layers that the UNet and the VAE share.
 
-Every function takes `[..., H, W, C]`. Convolutions treat all leading axes as a batch, so a kernel of the 2D network is
-the 1×3×3 kernel of the video network.
+Inputs are `[..., H, W, C]`. A convolution treats all leading axes as a batch, so a kernel of the 2D network is the 1×3×3
+kernel of the video network.
 """
 
 from collections.abc import Sequence
@@ -9,18 +9,19 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from tav_jax.models.norms import frame_mask, group_norm
-from tav_jax.sharding import CLIP, EVERYWHERE, on_each_device
+from tav_jax.distributed.sharding import CLIP, REPLICATED, map_shards
+from tav_jax.models.conditioning import Conditioning
+from tav_jax.models.norms import group_norm, group_norm_mask
 
-# How many pixels go around a picture: a number for all sides, or (before, after) for each axis.
+# One number for all sides, or (before, after) for each axis.
 Padding = int | Sequence[tuple[int, int]]
 
 
 class Conv(nnx.Conv):
-    """Of a clip `[B, F, H, W, C]`, each device of a mesh takes its frames: a convolution has one batch axis only, and
-    to make one of two that are spread the compiler would gather the clip."""
+    """`nnx.Conv`, under `shard_map` for a clip `[B, F, H, W, C]`: XLA's convolution has one batch axis, and merging the
+    two sharded axes B and F into it would gather the clip."""
 
     def __call__(self, inputs: Float[Array, "*b h w cin"], *rest: Any, **options: Any) -> Float[Array, "*b h2 w2 cout"]:
         if inputs.ndim < 5:
@@ -30,17 +31,17 @@ class Conv(nnx.Conv):
         def convolve(x, weights):
             return nnx.Conv.__call__(nnx.merge(graph, weights), x, *rest, **options)
 
-        return on_each_device(convolve, inputs, weights, specs=(CLIP, EVERYWHERE))
+        return map_shards(convolve, inputs, weights, specs=(CLIP, REPLICATED))
 
 
 def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Padding | None = None, dtype, rngs) -> Conv:
-    if padding is None:  # both sides alike, as torch does; XLA's "SAME" differs where the stride is 2
+    if padding is None:  # equal on both sides, as in torch; XLA's "SAME" differs at stride 2
         padding = size // 2
     return Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
 
 
 class ResnetBlock(nnx.Module):
-    """norm → silu → conv, the time's embedding added, norm → silu → conv, and the shortcut."""
+    """norm → silu → conv, plus the time embedding, norm → silu → conv, plus the shortcut."""
 
     def __init__(self, cin: int, cout: int, *, groups: int, epsilon: float, time_dim: int | None = None, dtype, rngs):
         kw = {"dtype": dtype, "rngs": rngs}
@@ -57,20 +58,21 @@ class ResnetBlock(nnx.Module):
         self,
         x: Float[Array, "B *rest cin"],
         time: Float[Array, "B time_dim"] | None = None,
-        real: Bool[Array, "F"] | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Float[Array, "B *rest cout"]:
-        h = self.conv1(nnx.silu(self.norm1(x, mask=frame_mask(real, x))))  # [B, ..., H, W, cout]
+        frame_mask = conditioning.frame_mask if conditioning else None
+        h = self.conv1(nnx.silu(self.norm1(x, mask=group_norm_mask(frame_mask, x))))  # [B, ..., H, W, cout]
         if time is not None:
             t = self.time_emb_proj(nnx.silu(time))  # [B, cout]
             h = h + t.reshape(t.shape[0], *(1,) * (h.ndim - 2), t.shape[-1])
-        h = self.conv2(nnx.silu(self.norm2(h, mask=frame_mask(real, h))))
+        h = self.conv2(nnx.silu(self.norm2(h, mask=group_norm_mask(frame_mask, h))))
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x)
         return x + h
 
 
 class Downsample(nnx.Module):
-    """Halve H and W with a strided convolution. The UNet pads one on each side, the VAE only below and to the right."""
+    """Halve H and W with a strided convolution. The UNet pads all sides by one, the VAE only the bottom and the right."""
 
     def __init__(self, channels: int, *, padding: Padding = 1, dtype, rngs):
         self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
@@ -80,18 +82,18 @@ class Downsample(nnx.Module):
 
 
 def nearest(x: Float[Array, "*lead h w c"], size: tuple[int, int]) -> Float[Array, "*lead h2 w2 c"]:
-    """Nearest-neighbour resize as torch does it: source index `i · in // out`."""
+    """Nearest-neighbour resize with torch's source index, `i · in // out`."""
     for axis, out in zip((-3, -2), size, strict=True):
         source = x.shape[axis]
         if out == 2 * source:
-            x = jnp.repeat(x, 2, axis=axis)  # the common case, cheaper than a gather
+            x = jnp.repeat(x, 2, axis=axis)  # the usual case; cheaper than a gather
         elif out != source:
             x = jnp.take(x, jnp.arange(out) * source // out, axis=axis)
     return x
 
 
 class Upsample(nnx.Module):
-    """Nearest neighbour to `size`, by default twice H and W, then a convolution."""
+    """Nearest-neighbour resize to `size`, by default twice H and W, and a convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)

@@ -1,7 +1,4 @@
-"""The inflated UNet of Tune-A-Video: Stable Diffusion's, run on videos `[B, F, H, W, C]`.
-
-Read top to bottom: the config with its presets, the time's embedding, the three kinds of block, the network.
-"""
+"""The video UNet in one file: its config with presets, time embedding, blocks, network."""
 
 import math
 from dataclasses import dataclass
@@ -11,23 +8,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from tav_jax.distributed.sharding import pad_frames, unpad_frames
 from tav_jax.kernels import Kernel, SpatialAttention
 from tav_jax.models.attention import Transformer
-from tav_jax.models.norms import frame_mask, group_norm
+from tav_jax.models.conditioning import Conditioning
+from tav_jax.models.norms import group_norm, group_norm_mask
 from tav_jax.models.remat import policy
 from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv
-from tav_jax.sharding import cut_back, fill_up
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that shapes the network. One entry per level, from fine to coarse, where a field is a tuple."""
+    """Sizes and options. A tuple has one entry per level, from fine to coarse."""
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    down_attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
+    down_attention: tuple[bool, ...] = (True, True, True, False)  # levels with transformers
     up_attention: tuple[bool, ...] = (False, True, True, True)  # from coarse to fine
     heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
@@ -38,7 +36,7 @@ class UNetConfig:
     freq_shift: int = 0
     spatial_attention: SpatialAttention = "sparse-causal"
     temporal_attention: bool = True
-    kernel: Kernel = "plain"  # of the spatial attention
+    kernel: Kernel = "plain"  # for spatial attention
 
     @classmethod
     def sd1(cls) -> "UNetConfig":
@@ -50,7 +48,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Num[Array, "B"], dim: int, flip_sin_to_cos: bool, shift: int) -> Float[Array, "B dim"]:
-    """Sinusoids of the timestep. float32: at t ≈ 1000 a rounded frequency is already a wrong angle."""
+    """Sinusoidal embedding. In float32: at t ≈ 1000 the rounding of a 16-bit frequency is a different angle."""
     half = dim // 2
     frequency = np.exp(-math.log(10000) * np.arange(half, dtype=np.float32) / np.float32(half - shift))
     angle = t.astype(jnp.float32)[:, None] * frequency  # [B, dim/2]
@@ -67,8 +65,8 @@ class TimeEmbedding(nnx.Module):
         return self.linear_2(nnx.silu(self.linear_1(x)))
 
 
-class Parts:
-    """Makes the resnets and transformers of one network, which differ only in their widths and heads."""
+class Layers:
+    """Builds the resnets and transformers of one network, which differ only in widths and heads."""
 
     def __init__(self, config: UNetConfig, dtype, rngs):
         self.config, self.kw = config, {"dtype": dtype, "rngs": rngs}
@@ -86,68 +84,68 @@ class Parts:
             heads,
             groups=c.norm_num_groups,
             linear_projection=c.use_linear_projection,
-            spatial=c.spatial_attention,
-            temporal=c.temporal_attention,
+            spatial_attention=c.spatial_attention,
+            temporal_attention=c.temporal_attention,
             kernel=c.kernel,
             **self.kw,
         )
 
 
 class DownBlock(nnx.Module):
-    def __init__(self, parts: Parts, cin: int, cout: int, *, layers: int, heads: int | None, last: bool):
-        self.resnets = nnx.List([parts.resnet(cin if i == 0 else cout, cout) for i in range(layers)])
-        self.attentions = nnx.List([parts.transformer(cout, heads) for _ in range(layers)] if heads else [])
-        self.downsamplers = nnx.List([] if last else [Downsample(cout, **parts.kw)])
+    def __init__(self, layers: Layers, cin: int, cout: int, *, depth: int, heads: int | None, last: bool):
+        self.resnets = nnx.List([layers.resnet(cin if i == 0 else cout, cout) for i in range(depth)])
+        self.attentions = nnx.List([layers.transformer(cout, heads) for _ in range(depth)] if heads else [])
+        self.downsamplers = nnx.List([] if last else [Downsample(cout, **layers.kw)])
 
-    def __call__(self, x, time, text, real, *, run):
+    def __call__(self, x, time, conditioning: Conditioning, *, run):
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = run(resnet, x, time, real)
+            x = run(resnet, x, time, conditioning)
             if self.attentions:
-                x = run(self.attentions[i], x, text, real)
+                x = run(self.attentions[i], x, conditioning)
             skips.append(x)
-        for down in self.downsamplers:
-            x = down(x)  # [B, F, H/2, W/2, C]
+        for downsample in self.downsamplers:
+            x = downsample(x)  # [B, F, H/2, W/2, C]
             skips.append(x)
         return x, skips
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, parts: Parts, dim: int, heads: int):
-        self.resnets = nnx.List([parts.resnet(dim, dim) for _ in range(2)])
-        self.attentions = nnx.List([parts.transformer(dim, heads)])
+    def __init__(self, layers: Layers, dim: int, heads: int):
+        self.resnets = nnx.List([layers.resnet(dim, dim) for _ in range(2)])
+        self.attentions = nnx.List([layers.transformer(dim, heads)])
 
-    def __call__(self, x, time, text, real, *, run):
-        x = run(self.resnets[0], x, time, real)
-        x = run(self.attentions[0], x, text, real)
-        return run(self.resnets[1], x, time, real)
+    def __call__(self, x, time, conditioning: Conditioning, *, run):
+        x = run(self.resnets[0], x, time, conditioning)
+        x = run(self.attentions[0], x, conditioning)
+        return run(self.resnets[1], x, time, conditioning)
 
 
 class UpBlock(nnx.Module):
-    """`skip_dims` are the channels of the skip connections, in the order in which they are used up."""
+    """`skip_dims`: channels of the skip connections, in the order in which they are consumed."""
 
-    def __init__(self, parts: Parts, cin: int, cout: int, *, skip_dims: list[int], heads: int | None, last: bool):
+    def __init__(self, layers: Layers, cin: int, cout: int, *, skip_dims: list[int], heads: int | None, last: bool):
         self.resnets = nnx.List(
-            [parts.resnet((cin if i == 0 else cout) + skip, cout) for i, skip in enumerate(skip_dims)]
+            [layers.resnet((cin if i == 0 else cout) + skip, cout) for i, skip in enumerate(skip_dims)]
         )
-        self.attentions = nnx.List([parts.transformer(cout, heads) for _ in skip_dims] if heads else [])
-        self.upsamplers = nnx.List([] if last else [Upsample(cout, **parts.kw)])
+        self.attentions = nnx.List([layers.transformer(cout, heads) for _ in skip_dims] if heads else [])
+        self.upsamplers = nnx.List([] if last else [Upsample(cout, **layers.kw)])
 
-    def __call__(self, x, time, text, real, skips, *, run, size):
+    def __call__(self, x, time, conditioning: Conditioning, skips, *, run, size):
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = jnp.concatenate([x, skip], axis=-1)
-            x = run(resnet, x, time, real)
+            x = run(resnet, x, time, conditioning)
             if self.attentions:
-                x = run(self.attentions[i], x, text, real)
-        for up in self.upsamplers:
-            x = up(x, size)
+                x = run(self.attentions[i], x, conditioning)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
         return x
 
 
 class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs):
         c, kw = config, {"dtype": dtype, "rngs": rngs}
-        parts, widths = Parts(c, dtype, rngs), c.block_out_channels
+        layers, widths = Layers(c, dtype, rngs), c.block_out_channels
         levels = len(widths)
         self.config = config
         self.conv_in = conv(c.in_channels, widths[0], **kw)
@@ -157,17 +155,17 @@ class UNet(nnx.Module):
         for i, cout in enumerate(widths):
             last = i == levels - 1
             heads = c.heads[i] if c.down_attention[i] else None
-            down.append(DownBlock(parts, cin, cout, layers=c.layers_per_block, heads=heads, last=last))
+            down.append(DownBlock(layers, cin, cout, depth=c.layers_per_block, heads=heads, last=last))
             skip_dims += [cout] * (c.layers_per_block + (not last))
             cin = cout
         self.down_blocks = nnx.List(down)
-        self.mid_block = MidBlock(parts, cin, c.heads[-1])
+        self.mid_block = MidBlock(layers, cin, c.heads[-1])
 
         up = []
         for i, cout in enumerate(reversed(widths)):
             heads = c.heads[levels - 1 - i] if c.up_attention[i] else None
-            taken = [skip_dims.pop() for _ in range(c.layers_per_block + 1)]
-            up.append(UpBlock(parts, cin, cout, skip_dims=taken, heads=heads, last=i == levels - 1))
+            consumed = [skip_dims.pop() for _ in range(c.layers_per_block + 1)]
+            up.append(UpBlock(layers, cin, cout, skip_dims=consumed, heads=heads, last=i == levels - 1))
             cin = cout
         self.up_blocks = nnx.List(up)
 
@@ -178,27 +176,29 @@ class UNet(nnx.Module):
         self,
         latents: Float[Array, "B F H W cin"],
         timesteps: Num[Array, "B"],
-        text: Float[Array, "B L e"],
+        conditioning: Conditioning,
         *,
         remat: str | bool = "none",
     ) -> Float[Array, "B F H W cout"]:
-        """Predicted noise (or velocity). `remat` says what is kept for the backward pass, see `models/remat.py`."""
+        """The predicted noise (or velocity). `remat`: what is kept for the backward pass, see `models/remat.py`."""
         c, run = self.config, policy(remat)
         time = timestep_embedding(timesteps, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = self.time_embedding(time)  # [B, 4·C0]
 
         frames = latents.shape[1]
-        latents, real = fill_up(latents)
+        latents, frame_mask = pad_frames(latents)
+        conditioning = conditioning._replace(frame_mask=frame_mask)
         x = self.conv_in(latents)  # [B, F, H, W, C0]
         skips = [x]
         for block in self.down_blocks:
-            x, more = run.level(block, x, time, text, real, run=run.block)
-            skips += more
-        x = self.mid_block(x, time, text, real, run=run.block)
+            x, outputs = run.level(block, x, time, conditioning, run=run.block)
+            skips += outputs
+        x = self.mid_block(x, time, conditioning, run=run.block)
         for block in self.up_blocks:
-            taken = [skips.pop() for _ in block.resnets]
-            # To the next skip connection's size: twice as large, or one less where the latents do not divide.
+            consumed = [skips.pop() for _ in block.resnets]
+            # The size of the next skip connection: twice as large, or one less where the latents do not divide.
             size = skips[-1].shape[-3:-1] if skips else None
-            x = run.level(block, x, time, text, real, taken, run=run.block, size=size)
-        x = self.conv_out(nnx.silu(self.conv_norm_out(x, mask=frame_mask(real, x))))  # [B, F, H, W, out]
-        return cut_back(x, frames)
+            x = run.level(block, x, time, conditioning, consumed, run=run.block, size=size)
+        x = self.conv_norm_out(x, mask=group_norm_mask(frame_mask, x))
+        x = self.conv_out(nnx.silu(x))  # [B, F, H, W, out]
+        return unpad_frames(x, frames)

@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion, both ways. Frames are pictures to it: `[N, H, W, 3]` ⇄ `[N, h, w, 4]`."""
+"""The autoencoder of Stable Diffusion, which works on single frames: `[N, H, W, 3]` ⇄ `[N, h, w, 4]`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tav_jax.kernels import attend
+from tav_jax.kernels import full_attention
 from tav_jax.models.norms import group_norm
 from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv
 
-EPSILON = 1e-6  # of every group norm in here; the UNet's is 1e-5
+EPSILON = 1e-6  # of all group norms here; the UNet's is 1e-5
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """How many pixels a latent's side stands for: 8 for Stable Diffusion."""
+        """Pixels per latent along one side: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class Posterior(NamedTuple):
-    """The encoder's Gaussian, unscaled."""
+    """The encoder's Gaussian, not multiplied by the scaling factor."""
 
     mean: Float[Array, "N h w c"]
     std: Float[Array, "N h w c"]
 
 
 class VAEAttention(nnx.Module):
-    """Self-attention over one picture, with a single head and a residual connection."""
+    """Self-attention over one frame, with a single head and a residual connection."""
 
     def __init__(self, dim: int, groups: int, *, dtype, rngs):
         kw = {"dtype": dtype, "rngs": rngs}
@@ -51,7 +51,7 @@ class VAEAttention(nnx.Module):
     def __call__(self, x: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
         n, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(n, h * w, 1, c)  # [N, T, 1, C]: one head
-        out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        out = full_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](out).reshape(n, h, w, c)
 
 
@@ -65,14 +65,14 @@ class MidBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The resnets of one resolution and, but for the last level, the change to the next."""
+    """The resnets of one resolution, and the downsampler or upsampler to the next one."""
 
     def __init__(self, cin: int, cout: int, layers: int, groups: int, resize: str, last: bool, **kw):
         self.resnets = nnx.List(
             [ResnetBlock(cin if i == 0 else cout, cout, groups=groups, epsilon=EPSILON, **kw) for i in range(layers)]
         )
         if resize == "down":
-            padding = ((0, 1), (0, 1))  # below and to the right only
+            padding = ((0, 1), (0, 1))  # bottom and right only
             self.downsamplers = nnx.List([] if last else [Downsample(cout, padding=padding, **kw)])
         else:
             self.upsamplers = nnx.List([] if last else [Upsample(cout, **kw)])
@@ -81,8 +81,8 @@ class Level(nnx.Module):
     def __call__(self, x: Float[Array, "N h w c"]) -> Float[Array, "N h2 w2 c2"]:
         for resnet in self.resnets:
             x = resnet(x)
-        for change in self.downsamplers if self.resize == "down" else self.upsamplers:
-            x = change(x)
+        for resample in self.downsamplers if self.resize == "down" else self.upsamplers:
+            x = resample(x)
         return x
 
 
@@ -129,7 +129,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Pixels are in [−1, 1]; latents leave and enter unscaled: the caller multiplies by `config.scaling_factor`."""
+    """Pixels are in [−1, 1]. Latents are not scaled: the caller applies `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs):
         kw = {"dtype": dtype, "rngs": rngs}

@@ -6,13 +6,14 @@ A program's arguments stay as they are, and its temporaries grow with the frames
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tav_jax.models.remat import NAMES as REMAT
+from tav_jax.distributed.sharding import default_mesh_shape
+from tav_jax.config import CHOICES
 from tav_jax.plan.chips import all_of
 from tav_jax.plan.job import Job
 from tav_jax.plan.measure import Report
 from tav_jax.plan.planner import Planner
-from tav_jax.sharding import good_shape
 
+REMAT = CHOICES["train.remat"]
 TRIES = 3  # compilations for each kind of advice
 
 
@@ -78,7 +79,7 @@ def per_chip(job: Job) -> int:
     """Frames on the chip that has most of them."""
     data, over_frames = job.mesh
     if not over_frames:
-        over_frames = job.topology.chips // data if data else good_shape(job.topology.chips, job.frames)[1]
+        over_frames = job.topology.chips // data if data else default_mesh_shape(job.topology.chips, job.frames)[1]
     return -(-job.frames // over_frames)
 
 

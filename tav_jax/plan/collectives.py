@@ -61,11 +61,11 @@ def _collective(line: str, found: re.Match[str], chips: int) -> tuple[str, Colle
 
 
 def _participants(line: str, chips: int) -> int:
-    counted, listed, meshed = (pattern.search(line) for pattern in _GROUPS)
+    counted, join_names, meshed = (pattern.search(line) for pattern in _GROUPS)
     if counted:
         return int(counted[1])
-    if listed:
-        return len(listed[1].split(","))
+    if join_names:
+        return len(join_names[1].split(","))
     if meshed:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", meshed[2]) if name in sizes)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tav_jax import cache
+from tav_jax.distributed import compilation_cache
 from tav_jax.errors import InputError
 from tav_jax.plan import chips, page, sweep
 from tav_jax.plan.advice import advise
@@ -65,4 +65,6 @@ def _known(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _planner(folder: str | None) -> Planner:
-    return Planner(Path(folder) if folder else cache.base() / "plans", lambda said: print(said, file=sys.stderr))
+    return Planner(
+        Path(folder) if folder else compilation_cache.base() / "plans", lambda said: print(said, file=sys.stderr)
+    )

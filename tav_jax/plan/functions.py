@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from tav_jax import programs, sharding, training, weights
-from tav_jax.diffusion import Ladder
+from tav_jax.diffusion import programs
+from tav_jax.diffusion.samplers import DDIM, DDIMState
+from tav_jax.diffusion.schedule import Steps
+from tav_jax.distributed import sharding
 from tav_jax.errors import InputError
-from tav_jax.models import VAE, ClipText, UNet
+from tav_jax.io import weights
+from tav_jax.models import VAE, ClipText, Conditioning, UNet
 from tav_jax.plan.job import Job
+from tav_jax.training import train_step
 
 NAMES = ("tune", "invert", "sample", "encode", "decode")
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
@@ -36,19 +40,14 @@ class Place:
 
     def __init__(self, job: Job):
         devices = job.topology.devices()
-        try:
-            self.mesh: Mesh | None = sharding.make(job.mesh, frames=job.frames, devices=devices)
-        except sharding.MeshError as error:
-            raise InputError(
-                f"{error} in {job.topology.name}; mesh.data and mesh.frames say what is asked for"
-            ) from error
+        self.mesh: Mesh | None = sharding.make_mesh(job.mesh, frames=job.frames, devices=devices)
         self.one = SingleDeviceSharding(devices[0])
 
-    def shape(self, shape: tuple[int, ...], dtype: Any = jnp.float32, *, spread: bool = False) -> jax.ShapeDtypeStruct:
+    def shape(self, shape: tuple[int, ...], dtype: Any = jnp.float32, *, spread: bool = False) -> Any:
         where = self.one
         if self.mesh is not None:
             plain = jax.ShapeDtypeStruct(shape, dtype)
-            where = NamedSharding(self.mesh, sharding.parts(plain, self.mesh) if spread else sharding.EVERYWHERE)
+            where = NamedSharding(self.mesh, sharding.fsdp_spec(plain, self.mesh) if spread else sharding.REPLICATED)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def tree(self, tree: Any, dtype: Any = None, *, spread: bool = False) -> Any:
@@ -74,23 +73,23 @@ def functions(job: Job, wanted: tuple[str, ...]) -> Iterator[Function]:
     """Those that are wanted, in the order in which a run comes to them."""
     dtype, place = DTYPES[job.dtype], Place(job)
     unet = weights.abstract(UNet, job.shapes.unet, dtype)
-    graph, trained, frozen = nnx.split(unet, training.subset(job.trainable), ...)
+    graph, trained, frozen = nnx.split(unet, train_step.trainable_filter(job.trainable), ...)
     if not jax.tree.leaves(trained):
         raise InputError(f"train.trainable is {job.trainable!r}; no layer of this model has such a name")
     trained, frozen = place.tree(trained, jnp.float32), place.tree(frozen, dtype)
     vae = _whole(place, VAE, job.shapes.vae, dtype)
     others = size(vae) + size(_whole(place, ClipText, job.shapes.text, dtype))
-    learner = place.tree(jax.eval_shape(training.Learner.create, trained), spread=job.fsdp)
+    learner = place.tree(jax.eval_shape(train_step.TrainState.create, trained), spread=job.fsdp)
     # Previews keep Adam's moments waiting; `tav edit` has no learner, but the VAE and the text encoder.
-    waiting = max(others, size(learner.moments) if job.previews else 0)
+    waiting = max(others, size(learner.opt_state) if job.previews else 0)
 
     down = job.shapes.vae.downsampling
     latents = place.shape((1, job.frames, job.height // down, job.width // down, job.shapes.unet.in_channels))
     text = (job.shapes.text.max_position_embeddings, job.shapes.unet.cross_attention_dim)
-    group = programs.group_of(job.frames, job.height, job.width, place.mesh)
+    group = programs.vae_batch_size(job.frames, job.height, job.width, place.mesh)
 
     def running():
-        return programs.running(dtype, place.mesh)
+        return programs.numerics(dtype, place.mesh)
 
     def make(name: str, program: Any, arguments: tuple, options: dict, beside: int, steps=1, job_steps=1, batch=1):
         def trace():
@@ -109,34 +108,39 @@ def functions(job: Job, wanted: tuple[str, ...]) -> Iterator[Function]:
             place.shape((), jnp.int32),
             latents,
             latents,
-            place.shape((1, *text)),
+            Conditioning(place.shape((1, *text))),
             place.shape((job.shapes.train_steps,)),
-            place.tree(training.Hyper(*(jnp.float32(0) for _ in training.Hyper._fields))),
+            place.tree(train_step.Hyperparameters(*(jnp.float32(0) for _ in train_step.Hyperparameters._fields))),
         )
         options = {"prediction": job.shapes.prediction, "remat": job.remat, "fsdp": job.fsdp}
-        return make("tune", training.tune_step, arguments, options, 0)  # all else waits in the host's memory
+        return make("tune", train_step.tune_step, arguments, options, 0)  # all else waits in the host's memory
 
     def walk(name: str, count: int, guidance: bool):
-        steps = programs.piece_of(count)
+        steps = programs.chunk_size(count)
         arguments = (
             nnx.merge(graph, trained, frozen),
-            latents,
-            place.shape((2 if guidance else 1, *text)),
-            _ladder(steps, place.shape),
+            DDIMState(latents),
+            Conditioning(place.shape((2 if guidance else 1, *text))),
+            _steps(steps, place.shape),
             place.shape(()),
         )
-        options = {"prediction": job.shapes.prediction, "use_guidance": guidance, "trajectory": False}
+        options = {
+            "sampler": DDIM(),
+            "prediction": job.shapes.prediction,
+            "use_guidance": guidance,
+            "trajectory": False,
+        }
         batch = 2 if guidance else 1
-        return make(name, programs.walk_latents, arguments, options, waiting, steps, count, batch)
+        return make(name, programs.denoise_loop, arguments, options, waiting, steps, count, batch)
 
     def encode():
         frames = place.shape((job.frames, job.height, job.width, 3), jnp.uint8)
         rest = size(trained) + size(frozen) + others - size(vae)
-        return make("encode", programs.encode_frames, (vae, frames), {"group": group}, rest, batch=group)
+        return make("encode", programs.encode_frames, (vae, frames), {"batch_size": group}, rest, batch=group)
 
     def decode():
         rest = size(trained) + size(frozen) + waiting
-        return make("decode", programs.decode_frames, (vae, latents), {"group": group}, rest, batch=group)
+        return make("decode", programs.decode_frames, (vae, latents), {"batch_size": group}, rest, batch=group)
 
     kinds = {
         "tune": tune,
@@ -153,5 +157,6 @@ def _whole(place: Place, build: Any, config: Any, dtype: Any) -> Any:
     return nnx.merge(nnx.graphdef(module), place.tree(nnx.state(module), dtype))
 
 
-def _ladder(steps: int, of: Callable[[tuple[int, ...], Any], Any]) -> Ladder:
-    return Ladder(of((steps,), jnp.int32), of((steps,), jnp.float32), of((steps,), jnp.float32))
+def _steps(count: int, of: Callable[[tuple[int, ...], Any], Any]) -> Steps:
+    dtypes = {"alpha": jnp.float32, "next_alpha": jnp.float32}
+    return Steps(*(of((count,), dtypes.get(name, jnp.int32)) for name in Steps._fields))

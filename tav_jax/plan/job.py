@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tav_jax import kernels, layout, programs
-from tav_jax.diffusion.schedule import Prediction
+from tav_jax.diffusion.schedule import Prediction, prompted_steps
 from tav_jax.errors import InputError
+from tav_jax.io import diffusers_layout
+from tav_jax.kernels import choose_kernel
 from tav_jax.models import ClipTextConfig, UNetConfig, VAEConfig
 from tav_jax.plan.chips import Topology
 
@@ -70,7 +71,7 @@ def read(config: Any, topology: Topology) -> Job:
         remat=config.train.remat,
         mesh=(config.mesh.data, config.mesh.frames),
         fsdp=config.mesh.fsdp,
-        edit_steps=programs.led(config.edit.steps, config.edit.strength),
+        edit_steps=prompted_steps(config.edit.steps, config.edit.strength),
         inversion_steps=config.edit.inversion_steps,
         guidance=config.edit.guidance > 1,
         previews=bool(config.train.preview_every and config.edit.prompts),
@@ -80,12 +81,9 @@ def read(config: Any, topology: Topology) -> Job:
 def _shapes(config: Any) -> Shapes:
     """From the configs in a pipeline directory, or by the name of a known model."""
     options = {name: config.model[name] for name in ("spatial_attention", "temporal_attention")}
-    try:
-        options["kernel"] = kernels.choose(config.model.kernel, "tpu")
-    except kernels.KernelError as error:
-        raise InputError(str(error)) from error
+    options["kernel"] = choose_kernel(config.model.kernel, "tpu")
     root = Path(config.model.path).expanduser()
-    if (root / "unet" / layout.CONFIGS["unet"]).is_file():
+    if (root / "unet" / diffusers_layout.CONFIGS["unet"]).is_file():
         return _from_directory(root, options)
     name = config.model.path.lower()
     for preset, parts in NAMES.items():
@@ -102,16 +100,16 @@ def _shapes(config: Any) -> Shapes:
 
 def _from_directory(root: Path, options: dict[str, Any]) -> Shapes:
     def of(part: str) -> tuple[dict[str, Any], Path]:
-        path = root / part / layout.CONFIGS[part]
+        path = root / part / diffusers_layout.CONFIGS[part]
         if not path.is_file():
             raise InputError(f"{path} does not exist; a pipeline directory has a config for each of its parts")
-        return layout.read_json(path), path
+        return diffusers_layout.read_json(path), path
 
     scheduler, _ = of("scheduler")
     return Shapes(
-        layout.unet_config(*of("unet"), **options),
-        layout.vae_config(*of("vae")),
-        layout.text_config(*of("text_encoder")),
+        diffusers_layout.unet_config(*of("unet"), **options),
+        diffusers_layout.vae_config(*of("vae")),
+        diffusers_layout.text_config(*of("text_encoder")),
         scheduler.get("prediction_type", "epsilon"),
         scheduler.get("num_train_timesteps", 1000),
     )

@@ -1,0 +1,1 @@
+"""The command `tav`: a parser, and one module for each command."""

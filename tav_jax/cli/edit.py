@@ -1,0 +1,160 @@
+"""`tav edit`: one checkpoint, one inversion and one compilation for any number of prompts."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tav_jax import config as configs
+from tav_jax.cli.settings import silence_background_tracebacks
+from tav_jax.distributed import compilation_cache, memory, processes
+from tav_jax.errors import InputError
+from tav_jax.io.progress import counter, progress_bar
+from tav_jax.io.video import Clip, Edit, side_by_side
+from tav_jax.pipeline import TuneAVideo
+from tav_jax.training.loop import clip_digest
+from tav_jax.training.run import Run, log, publish_video, sampling_options
+from tav_jax.training.run_directory import RunDirectory, file_names
+
+
+def run(arguments: argparse.Namespace) -> int:
+    silence_background_tracebacks()
+    compilation_cache.enable()
+    processes.initialize()
+    training_run = Run.open(arguments.workdir)
+    for name in ("negative_prompt", "guidance", "strength", "steps", "inversion_steps"):
+        if (value := getattr(arguments, name)) is not None:
+            training_run.config.edit[name] = value
+    training_run.config = configs.validate(training_run.config)
+    paths = edit(
+        training_run,
+        arguments.prompt or training_run.config.edit.prompts,
+        step=arguments.step,
+        out=arguments.out,
+        inversion=not arguments.no_inversion,
+        seeds=arguments.seed or (0,),
+        suffix=".gif" if arguments.gif else ".mp4",
+        force=arguments.force,
+    )
+    if processes.is_primary():
+        print("\n".join(f"Wrote {path}" for path in paths))
+    return 0
+
+
+def edit(
+    run: Run,
+    prompts: Sequence[str],
+    *,
+    step: int | None = None,
+    out: str | None = None,
+    inversion: bool = True,
+    seeds: Sequence[int] = (0,),
+    suffix: str = ".mp4",
+    force: bool = False,
+) -> list[str]:
+    """Sample the prompts with the run's settings and write a video of each, and one of all side by side.
+
+    `step` chooses a checkpoint, by default the newest. Gives the paths of the videos.
+    """
+    e = run.config.edit
+    if not prompts:
+        raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
+    if inversion:
+        configs.check_edit_steps(e)
+    elif e.strength < 1:
+        raise InputError(f"strength is {e.strength:g}, but --no-inversion leaves no clip to keep; add --strength=1")
+    options = {"step": step, "out": out, "inversion": inversion, "seeds": list(seeds), "suffix": suffix, "force": force}
+    processes.check_same({"prompts": list(prompts), **options, **{f"edit.{name}": value for name, value in e.items()}})
+    outputs = _outputs(prompts, (None,) if inversion else seeds, suffix)
+    directory = RunDirectory(out) if out else run.directory
+    prefix = "" if out else "edits/"
+    combined = prefix + file_names(["side by side " + ", ".join(prompts)])[0] + suffix
+    names = (*(prefix + name for _, _, name in outputs), combined)
+    processes.run_on_primary("checking the outputs", lambda: check_free(directory, () if force else names))
+
+    run.directory.remove_scratch()
+    clip = run.load_clip()
+    step = run.checkpoints.newest if step is None else step
+    tav = TuneAVideo.restore(run.directory, step=step, run=run)
+    tav.source = clip
+    noise = inverted(run, tav, clip, step) if inversion else None
+    edits: list[Edit] = []
+    for seed in dict.fromkeys(seed for _, seed, _ in outputs):
+        start = tav.noise(seed or 0, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
+        sampling = sampling_options(e) if inversion else sampling_options(e) | {"inversion_steps": None}
+        edits += sample_in_batches(tav, [prompt for prompt, at, _ in outputs if at == seed], start, sampling)
+
+    for made, (_, _, name) in zip(edits, outputs, strict=True):
+        publish_video(directory, Clip(made.frames, made.fps, made.audio), prefix + name)
+    publish_video(directory, side_by_side(clip, edits, run.config.clip.prompt), combined)
+    return [str(directory / name) for name in names]
+
+
+def check_free(directory: RunDirectory, names: Sequence[str]) -> None:
+    directory.check_writable()
+    if taken := [name for name in names if (directory / name).exists()]:
+        raise InputError(f"{directory / taken[0]} exists already; add --force to overwrite, or give another --out")
+
+
+def _outputs(prompts: Sequence[str], seeds: Sequence[int | None], suffix: str) -> list[tuple[str, int | None, str]]:
+    """(prompt, seed, file name) of every video; a repeated prompt is sampled once."""
+    prompts = list(dict.fromkeys(prompts))
+    return [
+        (prompt, seed, name + (f"-seed{seed}" if seed is not None else "") + suffix)
+        for seed in dict.fromkeys(seeds)
+        for prompt, name in zip(prompts, file_names(prompts), strict=True)
+    ]
+
+
+def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], start: Any, options: dict[str, Any]) -> list[Edit]:
+    """All prompts, as many at a time as the memory holds. The last batch is padded, so that all share one program."""
+    fitting = memory.prompt_batch_size(len(prompts), tav.memory_estimator.prompt_bytes(start))
+    size = min(processes.gather("the batch size", fitting))
+    edits: list[Edit] = []
+    with progress_bar(-(-len(prompts) // size) * options["steps"], "sampling") as bar:
+        for begin in range(0, len(prompts), size):
+            batch = list(prompts[begin : begin + size])
+            padded = batch + batch[:1] * (size - len(batch))
+            edits += tav.sample(padded, latents=start, progress=counter(bar), **options)[: len(batch)]
+    return edits
+
+
+def inverted(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
+    """The clip's noise, cached in the run's directory under everything that it depends on."""
+    steps = run.config.edit.inversion_steps
+    depends = {
+        "frames": clip_digest(clip),
+        "shape": clip.frames.shape,
+        "base": tav.components.fingerprint,
+        "checkpoint": step,
+        "model": run.config.model.to_dict(),
+        "steps": steps,
+    }
+    key = hashlib.blake2b(json.dumps(depends, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
+    name = f"inversions/{key}.npz"
+    cached = _read_noise(run.directory, name)
+    if not processes.any_process(cached is None):
+        log(f"Reusing the inversion in {run.directory / name}.")
+        return cached
+    with progress_bar(steps, "inverting") as bar:
+        noise = tav.invert(clip, steps=steps, progress=counter(bar))
+    if processes.is_primary():
+        with run.directory.writing(name) as scratch:
+            np.savez(scratch, noise=np.asarray(noise))
+    log(f"Inverted the clip in {steps} steps; kept in {run.directory / name}.")
+    return noise
+
+
+def _read_noise(directory: RunDirectory, name: str) -> Any:
+    file = directory.fetch(name)
+    if file is None:
+        return None
+    try:
+        with np.load(file) as table:
+            return jnp.asarray(table["noise"])
+    except (OSError, ValueError, KeyError, EOFError):  # damaged: computed again
+        return None

@@ -1,0 +1,21 @@
+"""`tav export`"""
+
+import argparse
+
+from tav_jax.cli.settings import silence_background_tracebacks
+from tav_jax.distributed import compilation_cache, processes
+
+
+def run(arguments: argparse.Namespace) -> int:
+    silence_background_tracebacks()
+    compilation_cache.enable()
+    processes.initialize()
+    from tav_jax.io.weights import check_target
+    from tav_jax.pipeline import TuneAVideo
+
+    processes.check_same({"--out": arguments.out, "--step": arguments.step})
+    processes.run_on_primary("checking --out", lambda: check_target(arguments.out) and None)
+    TuneAVideo.restore(arguments.workdir, step=arguments.step).save_pretrained(arguments.out)
+    if processes.is_primary():
+        print(f"Wrote {arguments.out}.")
+    return 0

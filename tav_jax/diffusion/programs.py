@@ -1,0 +1,163 @@
+"""The jitted functions of inference: encode, decode, and a chunk of the denoising loop.
+
+Each is compiled once for each shape. Networks are arguments, so their weights are no constants of a program, and what
+changes from call to call (text embeddings, guidance scale, timesteps) is an array.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tav_jax.diffusion.guidance import classifier_free_guidance
+from tav_jax.diffusion.samplers import Sampler, run_sampler
+from tav_jax.diffusion.schedule import Steps
+from tav_jax.distributed import sharding
+from tav_jax.distributed.sharding import CLIP, REPLICATED, ROWS, constrain
+from tav_jax.models import VAE, ClipText, Conditioning, UNet
+
+VAE_PIXELS = 4 * 512 * 512  # the VAE processes about so many pixels at a time, so that it never is the memory peak
+
+
+@contextlib.contextmanager
+def numerics(dtype: Any, mesh: Mesh | None) -> Iterator[None]:
+    """The context of every call: the mesh and, for float32 models, full float32 matrix products (accelerators use fewer
+    bits by default)."""
+    exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+    with exact, sharding.use_mesh(mesh):
+        yield
+
+
+def vae_batch_size(frames: int, height: int, width: int, mesh: Mesh | None) -> int:
+    """How many frames the VAE processes at a time."""
+    devices = mesh.size if mesh else 1
+    per_device = min(-(-frames // devices), max(1, VAE_PIXELS // (height * width)))
+    return per_device * devices
+
+
+@jax.jit
+def encode_text(text_encoder: ClipText, ids: Any) -> jax.Array:
+    """Token ids [n, L] → text embeddings [n, L, D]."""
+    return constrain(text_encoder(ids).astype(jnp.float32), REPLICATED)
+
+
+@jax.jit(static_argnames=("batch_size",))
+def encode_frames(vae: VAE, frames: Any, *, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """uint8 [F, H, W, 3] → mean and standard deviation of the scaled latents [F, h, w, 4]."""
+
+    def encode(batch):
+        return tuple(vae.encode(batch.astype(jnp.float32) / 127.5 - 1))
+
+    mean, std = _map_batches(encode, frames, batch_size)
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+
+@jax.jit(static_argnames=("batch_size",))
+def decode_frames(vae: VAE, latents: Any, *, batch_size: int) -> jax.Array:
+    """Scaled latents [n, F, h, w, 4] → frames in [0, 1], [n, F, H, W, 3]."""
+
+    def decode(batch):
+        return vae.decode(batch / vae.config.scaling_factor).astype(jnp.float32)
+
+    n, f, *_ = latents.shape
+    frames = _map_batches(decode, latents.reshape(n * f, *latents.shape[2:]), batch_size)  # [n·F, H, W, 3]
+    return jnp.clip(frames / 2 + 0.5, 0, 1).reshape(n, f, *frames.shape[1:])
+
+
+def _map_batches(function: Callable[[jax.Array], Any], x: jax.Array, batch_size: int) -> Any:
+    """`function` of `batch_size` rows at a time, which a mesh shards. The last batch is padded."""
+    count = -(-len(x) // batch_size)
+    padded = jnp.pad(x, ((0, count * batch_size - len(x)), *((0, 0),) * (x.ndim - 1)), mode="edge")
+    batches = padded.reshape(count, batch_size, *x.shape[1:])
+    out = jax.lax.map(lambda batch: function(constrain(batch, ROWS)), batches)
+    return jax.tree.map(lambda y: constrain(y.reshape(count * batch_size, *y.shape[2:])[: len(x)], REPLICATED), out)
+
+
+@jax.jit
+def call_unet(unet: UNet, latents: Any, timesteps: Any, conditioning: Conditioning) -> jax.Array:
+    return constrain(unet(latents, timesteps, conditioning).astype(jnp.float32), REPLICATED)
+
+
+@jax.jit(static_argnames=("sampler", "prediction", "use_guidance", "trajectory"))
+def denoise_loop(
+    unet: UNet,
+    state: Any,
+    conditioning: Conditioning,
+    steps: Steps,
+    guidance: Any,
+    *,
+    sampler: Sampler,
+    prediction: Any,
+    use_guidance: bool,
+    trajectory: bool,
+) -> tuple[Any, jax.Array | None]:
+    """Steps of sampling or inversion: the sampler's next state and, with `trajectory`, the latents after each step.
+
+    With guidance, the conditioning has the rows [unconditional; conditional], twice the batch of the latents.
+    """
+
+    def denoise(latents, step):
+        timesteps = jnp.broadcast_to(step.timestep, latents.shape[:1])
+        return unet(constrain(latents, CLIP), timesteps, conditioning).astype(jnp.float32)
+
+    denoiser = classifier_free_guidance(denoise, guidance) if use_guidance else denoise
+    state, path = run_sampler(sampler, denoiser, state, steps, prediction, trajectory=trajectory)
+    return jax.tree.map(lambda x: constrain(x, REPLICATED), (state, path))
+
+
+def run_denoise_loop(
+    unet: UNet,
+    latents: jax.Array,
+    conditioning: Conditioning,
+    steps: Steps,
+    *,
+    sampler: Sampler,
+    prediction: Any,
+    guidance: float | None = None,
+    trajectory: bool = False,
+    chunk: int | None = None,
+    report: Callable[[int], None] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """All steps, in one call of the jitted loop or in calls of `chunk` steps each, with the number of steps done
+    reported after each call. Gives the last latents and, with `trajectory`, the latents after each step."""
+    state, paths, done = sampler.init(latents), [], 0
+    for part in in_chunks(steps, chunk or len(steps.timestep)):
+        state, path = denoise_loop(
+            unet,
+            state,
+            conditioning,
+            part,
+            jnp.float32(0.0 if guidance is None else guidance),
+            sampler=sampler,
+            prediction=prediction,
+            use_guidance=guidance is not None,
+            trajectory=trajectory,
+        )
+        paths.append(path)
+        done += len(part.timestep)
+        if report is not None:
+            jax.block_until_ready(state)
+            report(done)
+    return jax.block_until_ready((state.latents, jnp.concatenate(paths) if trajectory else None))
+
+
+def chunk_size(steps: int, longest: int = 5) -> int:
+    """Steps per chunk when a loop is run in chunks: a divisor of their number, so that one program runs all chunks."""
+    return max(n for n in range(1, longest + 1) if steps % n == 0)
+
+
+def in_chunks(steps: Steps, size: int) -> Iterator[Steps]:
+    """The steps in chunks of `size`, and one by one where fewer are left.
+
+    A progress bar needs the loop to return now and then. A callback inside the loop would do it too, but a program
+    with a callback cannot be kept in the persistent compilation cache.
+    """
+    count = len(steps.timestep)
+    whole = count - count % size
+    for begin in range(0, whole, size):
+        yield steps.slice(begin, begin + size)
+    for begin in range(whole, count):
+        yield steps.slice(begin, begin + 1)

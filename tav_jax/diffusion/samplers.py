@@ -1,0 +1,77 @@
+"""Samplers, and the loop that runs one.
+
+A sampler is two functions over a state, a pytree that holds at least the latents and, for a multistep method, what it
+remembers of earlier steps. The state is the carry of one `lax.scan`, and survives when the loop is run in chunks.
+
+To add a sampler, write a class with `init` and `step` in a file of its own and name it in `SAMPLERS` of `config.py`, or
+pass an instance to `TuneAVideo.sample(sampler=...)` (`examples/custom_sampler.py`).
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float
+
+from tav_jax.config import SAMPLERS, check_choice
+from tav_jax.diffusion.schedule import Prediction, Steps, ddim_step
+
+# (latents, one row of Steps) → predicted noise or velocity. What wraps a denoiser, as guidance does, is a denoiser.
+Denoiser = Callable[[Float[Array, "B F h w c"], Steps], Float[Array, "B F h w c"]]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A state is any pytree with the current latents as `state.latents`. Instances are static arguments of a jitted
+    function: they must be hashable, and equal if they do the same."""
+
+    def init(self, latents: Float[Array, "B F h w c"]) -> Any:
+        """The state before the first step."""
+        ...
+
+    def step(self, state: Any, model_output: Float[Array, "B F h w c"], step: Steps, prediction: Prediction) -> Any:
+        """The state after a step from `step.alpha` to `step.next_alpha`, where `model_output` is the prediction for
+        the state's latents at `step.timestep`."""
+        ...
+
+
+class DDIMState(NamedTuple):
+    latents: Float[Array, "B F h w c"]
+
+
+class DDIM(NamedTuple):
+    """Deterministic DDIM (η = 0)."""
+
+    def init(self, latents: Float[Array, "B F h w c"]) -> DDIMState:
+        return DDIMState(latents)
+
+    def step(
+        self, state: DDIMState, model_output: Float[Array, "B F h w c"], step: Steps, prediction: Prediction
+    ) -> DDIMState:
+        return DDIMState(ddim_step(state.latents, model_output, step.alpha, step.next_alpha, prediction))
+
+
+def get_sampler(sampler: "str | Sampler") -> Sampler:
+    """The sampler of a name in `config.SAMPLERS`; an instance is returned as it is."""
+    if not isinstance(sampler, str):
+        return sampler
+    check_choice("edit.sampler", sampler)
+    module, name = SAMPLERS[sampler].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)()
+
+
+def run_sampler(
+    sampler: Sampler, denoise: Denoiser, state: Any, steps: Steps, prediction: Prediction, *, trajectory: bool = False
+) -> tuple[Any, Float[Array, "N B F h w c"] | None]:
+    """The state after the last step and, with `trajectory`, the latents after each step.
+
+    With `NoiseSchedule.sampling_steps` this is sampling. DDIM with `NoiseSchedule.inversion_steps` is DDIM inversion: the
+    same step, towards more noise.
+    """
+
+    def body(state, step):
+        state = sampler.step(state, denoise(state.latents, step), step, prediction)
+        return state, state.latents if trajectory else None
+
+    return jax.lax.scan(body, state, steps)

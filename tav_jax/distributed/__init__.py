@@ -1,0 +1,1 @@
+"""Devices and processes: mesh and sharding, memory, several processes, the compilation cache."""

@@ -1,0 +1,1 @@
+"""Files: pipelines in the Diffusers layout, their tensors, the tokenizer, and video."""

@@ -1,0 +1,174 @@
+"""Attention, `softmax(q kᵀ / √d) v`, and spatial attention between the frames of a clip.
+
+Shapes: q `[..., T, N, D]`, k and v `[..., S, N, D]` with T queries, S keys and N heads of size D. The kernels for spatial
+attention:
+
+| name        | runs on     | what it is                                                                       |
+|-------------|-------------|----------------------------------------------------------------------------------|
+| `plain`     | everywhere  | XLA                                                                              |
+| `fused`     | TPU         | the Pallas kernel in `sparse_causal.py`, which reads the keys of both frames in place |
+| `splash`    | TPU         | JAX's splash attention on concatenated keys and values                           |
+| `cudnn`     | NVIDIA GPU  | cuDNN's fused attention: 16-bit types, head size at most 128                     |
+| `interpret` | everywhere  | the `fused` kernel in Pallas' interpreter: for tests, exact and very slow        |
+
+A shape that a kernel does not support is computed by XLA.
+"""
+
+import functools
+import math
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tav_jax.config import Kernel, SpatialAttention
+from tav_jax.distributed.sharding import CLIP, map_shards, mesh_axes
+from tav_jax.errors import InputError
+from tav_jax.kernels.sparse_causal import fits, sparse_causal
+
+RUNS_ON = {
+    "plain": ("cpu", "gpu", "tpu"),
+    "fused": ("tpu",),
+    "splash": ("tpu",),
+    "cudnn": ("gpu",),
+    "interpret": ("cpu", "gpu", "tpu"),
+}
+BEST: dict[str, Kernel] = {"tpu": "fused", "gpu": "cudnn"}
+
+# Below this number of tokens the scores are small and most of a kernel's block would be padding.
+MIN_KERNEL_TOKENS = 512
+
+# The scores of all frames together would be the largest array of the network (2 GB a frame at 512²). They are computed
+# for as many frames at a time as fit into this size, and recomputed in the backward pass.
+MAX_SCORE_BYTES = 2**30
+
+SPLASH_LANES, SPLASH_BLOCK = 128, 1024
+
+
+def choose_kernel(name: str, platform: str) -> Kernel:
+    """The kernel to use on a platform: the fastest one for "auto", else the named one."""
+    if name == "auto":
+        return BEST.get(platform, "plain")
+    kernels: tuple[Kernel, ...] = get_args(Kernel)
+    if name not in kernels:
+        raise InputError(f"attention kernel {name!r} is not one of auto, {', '.join(kernels)}")
+    if platform not in RUNS_ON[name]:
+        supported = [kernel for kernel in kernels if platform in RUNS_ON[kernel] and kernel != "interpret"]
+        raise InputError(
+            f"attention kernel {name!r} runs on {' and '.join(RUNS_ON[name])} only, and this is {platform}; use "
+            f"auto or {' or '.join(supported)}"
+        )
+    return name
+
+
+def attention_batch_size(queries: int, keys: int, heads: int) -> int:
+    """For how many frames the scores are computed at the same time."""
+    return max(1, MAX_SCORE_BYTES // (4 * queries * keys * heads))
+
+
+def full_attention(
+    q: Float[Array, "*batch T N D"],
+    k: Float[Array, "*batch S N D"],
+    v: Float[Array, "*batch S N D"],
+    key_mask: Bool[Array, "S"] | None = None,
+    *,
+    cudnn: bool = False,
+) -> Float[Array, "*batch T N D"]:
+    """Attention over all keys, or over those where `key_mask` is true. Every leading axis is a batch axis.
+
+    Scores and softmax are in float32 whatever the input's type, as `upcast_attention` in Stable Diffusion 2.1's config
+    asks. With `cudnn`, cuDNN's kernel is used for the shapes and types that it supports.
+    """
+    batch = q.shape[:-3]
+    if cudnn and key_mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        four = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
+        return jax.nn.dot_product_attention(*four, implementation="cudnn").reshape(q.shape)
+    flat = math.prod(batch)
+    q, k, v = (x.reshape(flat, *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
+    mask = None if key_mask is None else key_mask[None, None, None]  # [1, 1, 1, S]
+    group = attention_batch_size(q.shape[1], k.shape[1], q.shape[2])
+    if group >= flat:
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [n, T, N, D]
+    else:
+        one = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv, mask=mask))
+        out = jax.lax.map(one, (q, k, v), batch_size=group)
+    return out.reshape(*batch, *out.shape[-3:])
+
+
+def key_frames(x: Float[Array, "B F T N D"], attention: SpatialAttention) -> Float[Array, "B F S N D"]:
+    """The keys (or values) of the frames that each frame attends to.
+
+    sparse-causal: frame 0 and the previous frame (frame 0 again for frames 0 and 1), so S = 2T. A frame other than
+    frame 0 does not attend to itself. The ablations: first-frame attends to frame 0 only; per-frame to the frame itself
+    only, as the 2D network does.
+    """
+    if attention == "per-frame":
+        return x
+    first = jnp.broadcast_to(x[:, :1], x.shape)  # [B, F, T, N, D]
+    if attention == "first-frame":
+        return first
+    previous = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)  # [B, F, T, N, D]
+    return jnp.concatenate([first, previous], axis=2)  # [B, F, 2T, N, D]
+
+
+def frame_attention(
+    q: Float[Array, "B F T N D"],
+    k: Float[Array, "B F U N D"],
+    v: Float[Array, "B F U N D"],
+    attention: SpatialAttention,
+    kernel: Kernel = "plain",
+) -> Float[Array, "B F T N D"]:
+    """Spatial attention: the queries of each frame over the keys and values of its key frames."""
+    tokens, _, dim = q.shape[2:]
+    call = functools.partial(map_shards, specs=(CLIP,) * 3)
+    if kernel == "interpret" or tokens >= MIN_KERNEL_TOKENS:
+        if kernel in ("fused", "interpret") and attention == "sparse-causal" and fits(tokens, dim, q.dtype.itemsize):
+            size = mesh_axes().get("frames")
+            axis = "frames" if size and q.shape[1] % size == 0 else None
+            return call(functools.partial(sparse_causal, axis=axis, interpret=kernel == "interpret"), q, k, v)
+        if kernel in ("fused", "splash"):
+            return call(splash, q, key_frames(k, attention), key_frames(v, attention))
+    plain = functools.partial(full_attention, cudnn=kernel == "cudnn")
+    return call(plain, q, key_frames(k, attention), key_frames(v, attention))
+
+
+def splash(
+    q: Float[Array, "B F T N D"], k: Float[Array, "B F S N D"], v: Float[Array, "B F S N D"], *, interpret: bool = False
+) -> Float[Array, "B F T N D"]:
+    """JAX's splash attention for TPUs, for each frame, over unmasked keys and values of any length."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa  # slow to import
+
+    (b, f, t, n, d), s = q.shape, k.shape[2]
+    (queries, q_block), (keys, k_block) = _splash_padding(t), _splash_padding(s)
+
+    def to_heads(x, tokens):
+        x = jnp.swapaxes(x.reshape(b * f, -1, n, d), 1, 2)  # [B·F, N, T, D]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, tokens - x.shape[2]), (0, 0)))
+
+    compute = max(block for block in (128, 256, 512) if k_block % block == 0)
+    sizes = sa.BlockSizes(
+        block_q=q_block,
+        block_kv=k_block,
+        block_kv_compute=compute,
+        block_q_dkv=q_block,
+        block_kv_dkv=k_block,
+        block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )
+    mask = sa.MultiHeadMask([sa.FullMask((queries, keys))] * n)
+    kernel = sa.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    # Padding has a segment id of its own, so that no query attends to it.
+    segments = sa.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=jnp.asarray((np.arange(keys) >= s).astype(np.int32)))
+    scaled = (to_heads(q, queries) / math.sqrt(d)).astype(q.dtype)  # splash attention does not scale
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(
+        scaled, to_heads(k, keys), to_heads(v, keys), segments if keys != s else None
+    )
+    return jnp.swapaxes(out[:, :, :t], 1, 2).reshape(b, f, t, n, d)
+
+
+def _splash_padding(tokens: int) -> tuple[int, int]:
+    """The padded length of so many tokens, and the block size that divides it."""
+    block = min(SPLASH_BLOCK, -(-tokens // SPLASH_LANES) * SPLASH_LANES)
+    return -(-tokens // block) * block, block

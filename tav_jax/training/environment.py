@@ -1,0 +1,68 @@
+"""What a result depends on besides its config: versions, devices, flags, the commit."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tav_jax.distributed import processes
+
+PACKAGES = ("tav_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "av")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES")
+
+
+def describe() -> dict[str, Any]:
+    """All of it, as `environment.json` keeps it."""
+    import jax
+
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": versions(),
+        "commit": commit(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": processes.process_count(),
+        "flags": flags(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "folder": os.getcwd(),
+        "command": sys.argv,
+    }
+
+
+def versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            found[name] = "not installed"
+    return found
+
+
+def flags() -> dict[str, str]:
+    """The environment's settings that change what a program computes, or where."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(FLAGS)}
+
+
+def commit(checkout: Path = Path(__file__).parent.parent) -> str | None:
+    """The git commit of the checkout that this runs from, with "+ changes" where files differ from it; None where it
+    does not run from one."""
+    if not (checkout / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" + changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or a folder that is somebody else's
+        return None

@@ -1,0 +1,175 @@
+"""`tav train`: setup, data, model, training loop, checkpoints, previews."""
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import jax
+
+from tav_jax.distributed import processes
+from tav_jax.errors import NotFiniteError, StoppedError
+from tav_jax.io.progress import progress_bar
+from tav_jax.io.video import Clip
+from tav_jax.pipeline import TuneAVideo
+from tav_jax.training import nonfinite
+from tav_jax.training.metrics import Metrics, check_installed
+from tav_jax.training.preemption import Stop, stop_message
+from tav_jax.training.run import Run, is_due, log, parameter_count, sampling_options
+from tav_jax.training.run_directory import RunDirectory
+from tav_jax.training.train_step import Hyperparameters, run_steps
+from tav_jax.training.trainer import Trainer
+
+
+def train(run: Run, stop: Stop | None = None) -> None:
+    """Train to the last step, or until `stop` is requested: then `StoppedError`."""
+    check_installed(tensorboard=run.config.log.tensorboard, wandb=run.config.log.wandb)
+    with run.directory.lock():
+        run.directory.remove_scratch()
+        run.is_training = True
+        try:
+            _train(run, stop or Stop())
+        except FloatingPointError as error:  # with --debug-nans, before the first step
+            raise nonfinite.from_debug_nans(error) from error
+
+
+def _train(run: Run, stop: Stop) -> None:
+    c = run.config
+    first = (run.checkpoints.newest or 0) if run.directory.has_run else 0
+    previews_missing = processes.run_on_primary("checking the previews", lambda: run.previews_missing(first))
+    if first >= c.train.steps and not previews_missing:
+        log(f"{run.directory} is finished: {first} steps of {c.train.steps}. Edit with `tav edit --workdir=…`.")
+        return
+
+    clip = run.load_clip()
+    tav = TuneAVideo.from_config(c)
+    tav.source = clip
+    posterior, text = tav.posterior(clip), tav.encode_text(c.clip.prompt)
+    nonfinite.check_inputs(posterior, text, c.model.dtype)
+    trainer = Trainer(
+        tav,
+        posterior,
+        text,
+        hyper=Hyperparameters(c.train.learning_rate, c.train.weight_decay, c.train.max_grad_norm),
+        seed=c.seed,
+        trainable=c.train.trainable,
+        remat=c.train.remat,
+        fsdp=c.mesh.fsdp,
+    )
+    log(start_line(run, trainer, clip, first))
+    if first:
+        run.check_base(tav.components, run.checkpoints.read_metadata())
+        trainer.state = run.checkpoints.restore(trainer.state)
+    trainer.offload()
+
+    run.directory.create()
+    metadata = run.save_metadata({"began_at": first, "base": tav.components.fingerprint, "clip": clip_digest(clip)})
+    metrics = Metrics(run.directory, first, tensorboard=c.log.tensorboard, wandb=c.log.wandb, config=c.to_dict())
+    profiler = Profiler(run.directory, c.log.profile_step * processes.is_primary(), c.log.profile_steps)
+    done, stopping = first, False
+
+    def checkpoint_due(done: int) -> bool:
+        return stopping or is_due(done, c.train.checkpoint_every) or done == c.train.steps
+
+    def needs_all_metrics(done: int) -> bool:
+        nonlocal stopping
+        stopping = processes.any_process(stop.requested)  # all processes stop after the same step
+        return checkpoint_due(done) or run.previews_due(done)
+
+    def save_now() -> str:
+        run.checkpoints.save(done, trainer.state, metadata)
+        run.checkpoints.wait()
+        return f"at step {done} of {c.train.steps}"
+
+    def preview() -> None:
+        trainer.load_into_unet()
+        # One process of several cannot write a checkpoint alone; there, stopping waits for the next step.
+        with contextlib.nullcontext() if processes.is_multiprocess() else stop.during(save_now):
+            write_previews(run, tav, posterior.mean, done, metrics)
+
+    try:
+        if previews_missing:
+            preview()
+        with progress_bar(c.train.steps, "tuning") as bar:
+            bar.update(first)
+            for progress in run_steps(trainer.step_fn, trainer.state, first, c.train.steps, complete=needs_all_metrics):
+                stop.steps_begin()
+                done, trainer.state = progress.done, progress.state
+                for step, values in progress.metrics:
+                    record = {"loss": float(values.loss), "grad_norm": float(values.grad_norm)}
+                    nonfinite.check_metrics(step, record)
+                    metrics.write(step, record)
+                    bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+                    bar.update()
+                profiler.after(done)
+                if not progress.complete:
+                    continue
+                nonfinite.check_state(done, trainer.state)
+                if checkpoint_due(done):
+                    metrics.publish()
+                    run.checkpoints.save(done, trainer.state, metadata)
+                if stopping and done < c.train.steps:
+                    raise StoppedError(stop_message(save_now()))
+                if run.previews_due(done):
+                    preview()
+        run.checkpoints.wait()
+    except NotFiniteError:
+        run.checkpoints.wait()  # the last good checkpoint may still be being written
+        raise
+    except FloatingPointError as error:  # with --debug-nans
+        raise nonfinite.from_debug_nans(error, done + 1) from error
+    finally:
+        profiler.close()
+        metrics.close()
+    log(f"Tuned for {c.train.steps} steps. Edit with `tav edit --workdir={run.directory} --prompt=…`.")
+
+
+def start_line(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
+    """What will be done, printed before anything long begins."""
+    c, workload = run.config, trainer.workload
+    frames, height, width, _ = clip.frames.shape
+    total = parameter_count(trainer.tav.components.unet)
+    needed = workload.bytes_needed(workload.shape, workload.devices)
+    action = f"Continuing at step {first} of {c.train.steps}" if first else f"Tuning for {c.train.steps} steps"
+    return (
+        f"{action}: {trainer.parameters / 1e6:.2f} M of {total / 1e6:.2f} M parameters, "
+        f"{frames} frames of {height}×{width}, {c.model.dtype} on {jax.devices()[0].device_kind}, about "
+        f"{needed / 2**30:.2f} GiB of its memory; results go to {run.directory}."
+    )
+
+
+def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, metrics: Metrics) -> None:
+    """Sample the edit prompts from the inverted clip with the current weights."""
+    e = run.config.edit
+    try:
+        noise = tav.invert(latents, steps=e.inversion_steps)
+        for prompt, file in zip(e.prompts, run.preview_files(step), strict=True):
+            edit = tav.sample(prompt, latents=noise, **sampling_options(e))
+            run.publish_video(edit, file)
+            metrics.preview(step, Path(file).stem, edit.frames)
+    except NotFiniteError as error:  # the training itself is sound
+        log(f"No preview at step {step}: {error}")
+
+
+def clip_digest(clip: Clip) -> str:
+    return hashlib.blake2b(clip.frames.tobytes(), digest_size=16).hexdigest()
+
+
+class Profiler:
+    """JAX's profiler over a window of steps. Open the directory with TensorBoard or xprof."""
+
+    def __init__(self, directory: RunDirectory, first: int, steps: int):
+        self.directory, self.first, self.last = directory, first, first + steps
+        self.running = False
+
+    def after(self, step: int) -> None:
+        if self.first and step == self.first and not self.running:
+            jax.profiler.start_trace(str(self.directory.local / "profile"))
+            self.running = True
+        elif self.running and step >= self.last:
+            self.close()
+
+    def close(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.directory.publish_directory("profile")
+            self.running = False

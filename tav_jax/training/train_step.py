@@ -1,0 +1,241 @@
+"""One-shot tuning: the trainable subset, the loss, the optimizer and the jitted training step.
+
+Only trained weights have gradients, optimizer state and a float32 copy. Frozen weights are plain inputs.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from tav_jax.config import TRAINABLE, UNET_PARTS
+from tav_jax.diffusion.schedule import NoiseSchedule, Prediction, add_noise, training_target
+from tav_jax.distributed.sharding import constrain_fsdp
+from tav_jax.models import Conditioning, UNet
+
+Grads = TypeVar("Grads")
+
+
+def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
+    """A filter for `nnx.split`: the weights of modules whose path ends in one of `names`. With any of down, mid, up
+    among the names, only in these parts of the UNet.
+
+    `attn_temp` is the whole layer including the bias of its output, but not `norm_temp`. The official code's default
+    trains ("mid", "up") only, because its gradient checkpointing gives the down blocks no gradient.
+    """
+    suffixes = tuple(f".{name}" for name in names if name not in UNET_PARTS)
+    parts = [name for name in names if name in UNET_PARTS] or UNET_PARTS
+    roots = {"mid_block" if part == "mid" else f"{part}_blocks" for part in parts}
+
+    def is_trainable(path, _value) -> bool:
+        keys = [str(key) for key in path]
+        modules = ["." + ".".join(keys[:end]) for end in range(1, len(keys))]
+        return keys[0] in roots and any(module.endswith(suffixes) for module in modules)
+
+    return is_trainable
+
+
+class Hyperparameters(NamedTuple):
+    """Arrays of the jitted step, so that other values compile nothing."""
+
+    learning_rate: float | Float[Array, ""] = 3e-5
+    weight_decay: float | Float[Array, ""] = 1e-2
+    max_grad_norm: float | Float[Array, ""] = 1.0
+
+
+def optimizer(hyper: Hyperparameters) -> optax.GradientTransformation:
+    return optax.adamw(hyper.learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=hyper.weight_decay)
+
+
+def clip_by_global_norm(grads: Grads, limit: float | Float[Array, ""]) -> tuple[Grads, Float[Array, ""]]:
+    """torch's `clip_grad_norm_`, with its 1e-6. Also gives the norm before clipping."""
+    norm = optax.tree.norm(grads)
+    scale = jnp.minimum(1.0, limit / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+class TrainState(NamedTuple):
+    """What a training step changes."""
+
+    params: nnx.State  # the trained weights, float32
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: nnx.State) -> "TrainState":
+        # Copied even where the dtype is float32 already: steps donate their buffers.
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+        return cls(params, optimizer(Hyperparameters()).init(params))
+
+
+class TrainExample(NamedTuple):
+    latents: Float[Array, "B F h w c"]
+    noise: Float[Array, "B F h w c"]  # independent for each frame
+    timestep: Int[Array, ""]  # one for the whole clip
+
+
+def sample_example(
+    key: Key[Array, ""], mean: Float[Array, "B F h w c"], std: Float[Array, "B F h w c"], train_timesteps: int
+) -> TrainExample:
+    """A sample of the clip's scaled posterior, noise, and a timestep."""
+    latents_key, noise_key, timestep_key = jax.random.split(key, 3)
+    return TrainExample(
+        mean + std * jax.random.normal(latents_key, mean.shape),
+        jax.random.normal(noise_key, mean.shape),
+        jax.random.randint(timestep_key, (), 0, train_timesteps),
+    )
+
+
+def diffusion_loss(
+    unet: UNet,
+    example: TrainExample,
+    conditioning: Conditioning,
+    alphas_cumprod: Float[Array, "train_timesteps"],
+    prediction: Prediction,
+    *,
+    remat: str | bool,
+) -> Float[Array, ""]:
+    """Mean squared error, in float32, of the predicted noise or velocity."""
+    alpha = alphas_cumprod[example.timestep]
+    noisy = add_noise(example.latents, example.noise, alpha)
+    timesteps = jnp.broadcast_to(example.timestep, noisy.shape[:1])
+    predicted = unet(noisy, timesteps, conditioning, remat=remat).astype(jnp.float32)
+    return jnp.mean((predicted - training_target(example.latents, example.noise, alpha, prediction)) ** 2)
+
+
+class StepMetrics(NamedTuple):
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]  # before clipping
+
+
+def train_step(
+    graph: nnx.GraphDef,
+    state: TrainState,
+    frozen: nnx.State,
+    example: TrainExample,
+    conditioning: Conditioning,
+    alphas_cumprod: Float[Array, "train_timesteps"],
+    hyper: Hyperparameters,
+    *,
+    prediction: Prediction,
+    remat: str | bool = "block",
+    fsdp: bool = False,
+) -> tuple[TrainState, StepMetrics]:
+    """Gradient, clipping by the global norm, AdamW. `graph` and the options are static. With `fsdp` the state is and
+    stays sharded over all devices."""
+
+    def loss(params):
+        unet = nnx.merge(graph, params, frozen)
+        return diffusion_loss(unet, example, conditioning, alphas_cumprod, prediction, remat=remat)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    grads, norm = clip_by_global_norm(grads, hyper.max_grad_norm)
+    updates, opt_state = optimizer(hyper).update(grads, state.opt_state, state.params)
+    after = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
+    return constrain_fsdp(after) if fsdp else after, StepMetrics(value, norm)
+
+
+STATIC = ("graph", "prediction", "remat", "fsdp")
+replay_step = jax.jit(train_step, static_argnames=STATIC, donate_argnames=("state",))
+
+
+@jax.jit(static_argnames=STATIC, donate_argnames=("state",))
+def tune_step(
+    graph, state, frozen, key, step, mean, std, conditioning, alphas_cumprod, hyper, *, prediction, remat, fsdp
+) -> tuple[TrainState, StepMetrics]:
+    """Training step number `step`. Its randomness is `fold_in(key, step)`, so that a run can be resumed anywhere."""
+    example = sample_example(jax.random.fold_in(key, step), mean, std, alphas_cumprod.shape[0])
+    options = {"prediction": prediction, "remat": remat, "fsdp": fsdp}
+    return train_step(graph, state, frozen, example, conditioning, alphas_cumprod, hyper, **options)
+
+
+class Posterior(NamedTuple):
+    """The VAE's posterior of the clip, scaled."""
+
+    mean: Float[Array, "1 F h w c"]
+    std: Float[Array, "1 F h w c"]
+
+
+class Replay(NamedTuple):
+    """Recorded examples: the same latents at every step, a timestep and noise for each."""
+
+    latents: Float[Array, "1 F h w c"]
+    timesteps: Int[Array, "N"]
+    noise: Float[Array, "N F h w c"]
+
+
+StepFunction = Callable[[TrainState, int], tuple[TrainState, StepMetrics]]
+
+
+def make_step_function(
+    graph: nnx.GraphDef,
+    frozen: nnx.State,
+    data: Posterior | Replay,
+    text: Float[Array, "1 L e"],
+    schedule: NoiseSchedule,
+    hyper: Hyperparameters,
+    *,
+    seed: int,
+    remat: str,
+    fsdp: bool,
+    context: Callable[[], contextlib.AbstractContextManager],
+) -> StepFunction:
+    """`(state, step number) → (state, metrics)`: one jitted training step on the data, inside `context()`."""
+    key = jax.random.key(seed)
+    arguments = {
+        "conditioning": Conditioning(text),
+        "alphas_cumprod": jnp.asarray(schedule.alphas_cumprod),
+        "hyper": Hyperparameters(*(jnp.float32(x) for x in hyper)),
+        "prediction": schedule.prediction,
+        "remat": remat,
+        "fsdp": fsdp,
+    }
+
+    def step_fn(state: TrainState, step: int) -> tuple[TrainState, StepMetrics]:
+        with context():
+            if isinstance(data, Posterior):
+                return tune_step(graph, state, frozen, key, jnp.int32(step), data.mean, data.std, **arguments)
+            example = TrainExample(data.latents, data.noise[step][None], data.timesteps[step])
+            return replay_step(graph, state, frozen, example, **arguments)
+
+    return step_fn
+
+
+class Progress(NamedTuple):
+    """The state after a step, and the metrics that have arrived since the previous one."""
+
+    done: int
+    state: TrainState
+    metrics: list[tuple[int, StepMetrics]]
+    complete: bool  # the metrics of all steps up to this one have arrived
+
+
+def run_steps(
+    step_fn: StepFunction,
+    state: TrainState,
+    first: int,
+    last: int,
+    *,
+    lag: int = 2,
+    complete: Callable[[int], bool] = lambda done: False,
+) -> Iterator[Progress]:
+    """Steps `first` to `last` − 1.
+
+    Metrics are fetched when `lag` more steps have been dispatched, so that logging does not stall the device. At the
+    last step, and where `complete` is true, all of them are fetched: a state must not be saved before they are checked.
+    A yielded state is valid until the next step, which donates its buffers.
+    """
+    waiting: deque[tuple[int, StepMetrics]] = deque()
+    for step in range(first, last):
+        state, metrics = step_fn(state, step)
+        waiting.append((step + 1, metrics))
+        arrived, flush = [], step == last - 1 or complete(step + 1)
+        while waiting and (flush or len(waiting) > lag):
+            number, oldest = waiting.popleft()
+            arrived.append((number, jax.device_get(oldest)))
+        yield Progress(step + 1, state, arrived, flush)

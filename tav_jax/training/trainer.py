@@ -1,0 +1,87 @@
+"""The trainer of a pipeline: a `TrainState`, the step function that advances it, and a loop with a progress bar."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tav_jax.config import TRAINABLE, remat_name
+from tav_jax.distributed import memory, sharding
+from tav_jax.io.progress import progress_bar
+from tav_jax.training.train_step import (
+    Hyperparameters,
+    Posterior,
+    Replay,
+    TrainState,
+    make_step_function,
+    run_steps,
+    trainable_filter,
+)
+
+if TYPE_CHECKING:
+    from tav_jax.pipeline import TuneAVideo
+
+
+class TuningResult(NamedTuple):
+    losses: Float[np.ndarray, "N"]
+    grad_norms: Float[np.ndarray, "N"]  # before clipping
+
+
+class Trainer:
+    def __init__(
+        self,
+        tav: "TuneAVideo",
+        data: Posterior | Replay,
+        text: Float[Array, "1 L e"],
+        *,
+        hyper: Hyperparameters,
+        seed: int = 33,
+        trainable: Sequence[str] = TRAINABLE,
+        remat: str | bool = "block",
+        fsdp: bool = False,
+    ):
+        """Starts from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
+        remat = remat_name(remat)
+        graph, params, frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
+        self.parameters = sum(x.size for x in jax.tree.leaves(params))
+        self.workload = tav.memory_estimator.tuning(data[0], self.parameters, remat=remat, fsdp=fsdp)
+        self.tav, self.trainable = tav, trainable
+
+        @contextlib.contextmanager
+        def context() -> Iterator[None]:
+            with memory.out_of_memory_errors(self.workload), tav.numerics():
+                yield
+
+        options = {"seed": seed, "remat": remat, "fsdp": fsdp, "context": context}
+        self.step_fn = make_step_function(graph, frozen, data, text, tav.schedule, hyper, **options)
+        with memory.checked(self.workload):
+            self.state = sharding.device_put(TrainState.create(params), tav.mesh, fsdp=fsdp)
+
+    def run(self, steps: int, *, show_bar: bool | None = None) -> TuningResult:
+        """Train for a number of steps and load the result into the pipeline's UNet."""
+        metrics = []
+        with progress_bar(steps, "tuning", show_bar) as bar:
+            for progress in run_steps(self.step_fn, self.state, 0, steps):
+                self.state = progress.state
+                for _, values in progress.metrics:
+                    bar.set_postfix(loss=f"{values.loss:.4f}", refresh=False)
+                    bar.update()
+                    metrics.append(values)
+        self.load_into_unet()
+        return TuningResult(np.array([m.loss for m in metrics]), np.array([m.grad_norm for m in metrics]))
+
+    def load_into_unet(self) -> None:
+        """Give the pipeline's UNet the trained weights, valid until the next step, which donates their buffers."""
+        nnx.update(self.tav.components.unet, sharding.device_put(self.state.params, self.tav.mesh))
+
+    def offload(self) -> None:
+        """Move to host memory what training does not use: the VAE, the text encoder, and the UNet's own copy of the
+        trained weights. A call that needs them transfers them."""
+        components = self.tav.components
+        for module in (components.vae, components.text_encoder):
+            nnx.update(module, jax.device_get(nnx.state(module)))
+        nnx.update(components.unet, jax.device_get(nnx.state(components.unet, trainable_filter(self.trainable))))
