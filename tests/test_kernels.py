@@ -113,8 +113,8 @@ def test_a_frame_too_large_for_the_chip_is_not_given_to_the_kernel():
 
 @pytest.mark.parametrize(("platform", "kernel"), [("tpu", "fused"), ("gpu", "cudnn"), ("cpu", "plain")])
 def test_each_platform_has_its_best_kernel(platform, kernel):
-    assert kernels.choose("auto", platform) == kernel
-    assert kernels.choose("plain", platform) == "plain"
+    assert kernels.choose_kernel("auto", platform) == kernel
+    assert kernels.choose_kernel("plain", platform) == "plain"
 
 
 def test_a_kernel_is_refused_where_it_cannot_run(sd1):

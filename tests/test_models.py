@@ -1,4 +1,4 @@
-"""The networks, part by part: against torch, Diffusers and transformers with random weights, and plain loops."""
+"""The networks, layer by layer and whole, against torch, Diffusers, transformers and plain loops, with random weights."""
 
 import importlib
 import json
@@ -11,9 +11,10 @@ import pytest
 from conftest import difference
 from flax import nnx
 
+from tav_jax.config import TRAINABLE
 from tav_jax.io import diffusers_layout, weights
 from tav_jax.kernels import full_attention, key_frames
-from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
+from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
 from tav_jax.models.attention import Attention, FeedForward
 from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.resnet import nearest
@@ -27,7 +28,7 @@ def normal(*shape, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- small parts
+# -------------------------------------------------------------------------------------------------------- layers
 
 
 def plain_attention(q, k, v):
@@ -36,7 +37,7 @@ def plain_attention(q, k, v):
     return np.einsum("nts,snd->tnd", scores / scores.sum(-1, keepdims=True), v)
 
 
-def test_attend_is_the_formula():
+def test_full_attention_is_the_formula():
     q, k, v = normal(2, 3, 5, 2, 8), normal(2, 3, 7, 2, 8, seed=1), normal(2, 3, 7, 2, 8, seed=2)
     ours = full_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
     for b in range(2):
@@ -44,52 +45,52 @@ def test_attend_is_the_formula():
             np.testing.assert_allclose(ours[b, f], plain_attention(q[b, f], k[b, f], v[b, f]), atol=1e-6)
 
 
-@pytest.mark.parametrize("room", [1, 3])
-def test_attention_in_groups_is_the_same_both_ways(monkeypatch, room):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_attention_in_batches_has_the_same_values_and_gradients(monkeypatch, batch_size):
     q, k, v = (jnp.asarray(normal(2, 4, size, 2, 8, seed=size)) for size in (5, 7, 7))
 
     def value_and_gradients(q, k, v):
         return jax.value_and_grad(lambda *qkv: (full_attention(*qkv) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
 
-    together = value_and_gradients(q, k, v)
-    module = importlib.import_module("tav_jax.kernels.attend")
-    monkeypatch.setattr(module, "MAX_SCORE_BYTES", room * 4 * 5 * 7 * 2)
-    assert module.attention_batch_size(5, 7, 2) == room
-    in_groups = value_and_gradients(q, k, v)
-    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(in_groups), strict=True):
+    whole = value_and_gradients(q, k, v)
+    module = importlib.import_module("tav_jax.kernels.attention")
+    monkeypatch.setattr(module, "MAX_SCORE_BYTES", batch_size * 4 * 5 * 7 * 2)
+    assert module.attention_batch_size(5, 7, 2) == batch_size
+    in_batches = value_and_gradients(q, k, v)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(in_batches), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-def test_sparse_causal_attention_sees_the_first_frame_and_the_one_before(frames):
+def test_sparse_causal_attention_uses_the_first_and_the_previous_frame(frames):
     layer = Attention(16, 16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jnp.asarray(normal(2, frames, 6, 16))
     q, k, v = (np.asarray(y) for y in layer.project(x, x))
     ours = layer.spatial(x, "sparse-causal")
     for b in range(2):
         for i in range(frames):
-            before = max(i - 1, 0)
-            keys = np.concatenate([k[b, 0], k[b, before]])
-            values = np.concatenate([v[b, 0], v[b, before]])
-            expected = layer.join(jnp.asarray(plain_attention(q[b, i], keys, values), jnp.float32))
+            previous = max(i - 1, 0)
+            keys = np.concatenate([k[b, 0], k[b, previous]])
+            values = np.concatenate([v[b, 0], v[b, previous]])
+            expected = layer.output(jnp.asarray(plain_attention(q[b, i], keys, values), jnp.float32))
             np.testing.assert_allclose(ours[b, i], expected, atol=1e-5)
 
 
-def test_the_ablations_see_what_their_names_say():
+def test_key_frames_of_the_ablations():
     x = jnp.asarray(normal(1, 4, 3, 2, 8))
     assert np.array_equal(key_frames(x, "per-frame"), x)
     assert np.array_equal(key_frames(x, "first-frame"), np.repeat(x[:, :1], 4, axis=1))
 
 
-def test_temporal_attention_is_over_frames_at_each_position_both_ways_in_time():
+def test_temporal_attention_is_over_all_frames_at_each_position():
     layer = Attention(16, 16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jnp.asarray(normal(2, 5, 3, 16))
     q, k, v = (np.asarray(y) for y in layer.project(x, x))
-    ours = layer.temporal(x)
+    ours = layer.temporal(x, Conditioning(x[:, 0]))
     for b in range(2):
         for position in range(3):
             at = (b, slice(None), position)
-            expected = layer.join(jnp.asarray(plain_attention(q[at], k[at], v[at]), jnp.float32))
+            expected = layer.output(jnp.asarray(plain_attention(q[at], k[at], v[at]), jnp.float32))
             np.testing.assert_allclose(ours[at], expected, atol=1e-5)
 
 
@@ -102,21 +103,21 @@ def test_feed_forward_uses_the_exact_gelu():
 
 
 @pytest.mark.parametrize(("size", "out"), [((4, 4), (8, 8)), ((4, 3), (7, 5)), ((5, 9), (9, 17)), ((2, 2), (3, 4))])
-def test_nearest_is_that_of_torch(size, out):
+def test_nearest_equals_torch(size, out):
     x = normal(2, *size, 3)
     theirs = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=out, mode="nearest")
     assert np.array_equal(nearest(jnp.asarray(x), out), theirs.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize(("flip", "shift", "dim"), [(True, 0, 320), (False, 1, 32), (True, 0, 17)])
-def test_timestep_embedding_is_that_of_diffusers(flip, shift, dim):
+def test_timestep_embedding_equals_diffusers(flip, shift, dim):
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     t = np.array([0, 1, 321, 999])
     theirs = embeddings.get_timestep_embedding(torch.tensor(t), dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     np.testing.assert_allclose(timestep_embedding(jnp.asarray(t), dim, flip, shift), theirs, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------- epsilons, sizes, subset
+# ---------------------------------------------------------------------------- epsilons, sizes, trainable subset
 
 
 def modules(model: nnx.Module):
@@ -155,7 +156,7 @@ def test_every_norm_has_its_epsilon():
         ("float32", 1000, 5e-4),
     ],
 )
-def test_norms_are_the_formula_also_far_from_zero(dtype, mean, bound):
+def test_norms_are_the_formula_with_a_large_mean(dtype, mean, bound):
     """In float32 the variance in one pass, E[x²] − E[x]², would be off by several per cent at 1000."""
     x = jnp.asarray(normal(2, 3, 4, 4, 64) + mean, dtype)
     rows = np.asarray(x, np.float64)
@@ -170,7 +171,7 @@ def test_norms_are_the_formula_also_far_from_zero(dtype, mean, bound):
 
 
 @pytest.mark.parametrize(("config", "total"), [(UNetConfig.sd1(), 909_120_004), (UNetConfig.sd2(), 915_509_764)])
-def test_parameters_are_as_many_as_they_should_be(config, total):
+def test_parameter_counts(config, total):
     state = nnx.state(weights.abstract(UNet, config, jnp.float32))
     trained, _ = nnx.split_state(state, trainable_filter(), ...)
 
@@ -182,7 +183,7 @@ def test_parameters_are_as_many_as_they_should_be(config, total):
     names = weights.flat(trained)
     assert sum(".attn_temp." in name for name in names) == 16 * 5
     assert not any("norm_temp" in name for name in names)
-    official, _ = nnx.split_state(state, trainable_filter(places=("mid", "up")), ...)
+    official, _ = nnx.split_state(state, trainable_filter((*TRAINABLE, "mid", "up")), ...)
     assert len(jax.tree.leaves(official)) == 70
 
 
@@ -202,11 +203,11 @@ def test_the_presets_are_the_published_configs():
     assert diffusers_layout.unet_config(sd14, Path("unet/config.json")) == UNetConfig.sd1()
 
 
-# ------------------------------------------------------------------------------- whole networks, small and random
+# ------------------------------------------------------------------------------------------- whole networks
 
 
-def shaken(model, seed: int = 0):
-    """Random weights everywhere, norms included, so that nothing hides behind a one or a zero."""
+def perturbed(model, seed: int = 0):
+    """Random weights everywhere, norms included, so that no layer is the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.parameters():
@@ -223,7 +224,7 @@ def loaded(model, part: str, tmp_path, build, read_config):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_one_frame_is_the_2d_unet(tmp_path, linear):
+def test_one_frame_equals_the_2d_unet(tmp_path, linear):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DConditionModel(
         block_out_channels=(16, 24, 32),
@@ -236,16 +237,16 @@ def test_one_frame_is_the_2d_unet(tmp_path, linear):
         use_linear_projection=linear,
         sample_size=12,
     )
-    ours = loaded(shaken(theirs), "unet", tmp_path, UNet, diffusers_layout.unet_config)
-    x, text = normal(2, 11, 7, 4), normal(2, 9, 20, seed=1)  # a size that divides nowhere
+    ours = loaded(perturbed(theirs), "unet", tmp_path, UNet, diffusers_layout.unet_config)
+    x, text = normal(2, 11, 7, 4), normal(2, 9, 20, seed=1)  # odd at every level
     with torch.no_grad():
         expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor([3, 700]), torch.tensor(text)).sample
     call = jax.jit(lambda m, *args: m(*args))
-    alone = call(ours, jnp.asarray(x)[:, None], jnp.array([3, 700]), jnp.asarray(text))
+    alone = call(ours, jnp.asarray(x)[:, None], jnp.array([3, 700]), Conditioning(jnp.asarray(text)))
     assert difference(alone[:, 0], expected.permute(0, 2, 3, 1)) <= 1e-5
 
 
-def test_the_vae_is_that_of_diffusers(tmp_path):
+def test_the_vae_equals_diffusers(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.AutoencoderKL(
         block_out_channels=(8, 12, 16, 16),
@@ -255,7 +256,7 @@ def test_the_vae_is_that_of_diffusers(tmp_path):
         latent_channels=4,
         norm_num_groups=4,
     )
-    ours = loaded(shaken(theirs), "vae", tmp_path, VAE, diffusers_layout.vae_config)
+    ours = loaded(perturbed(theirs), "vae", tmp_path, VAE, diffusers_layout.vae_config)
     pixels, latents = normal(2, 40, 24, 3), normal(2, 5, 3, 4)
     with torch.no_grad():
         posterior = theirs.encode(torch.tensor(pixels).permute(0, 3, 1, 2)).latent_dist
@@ -267,12 +268,12 @@ def test_the_vae_is_that_of_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_the_text_encoder_is_that_of_transformers(tmp_path, act):
+def test_the_text_encoder_equals_transformers(tmp_path, act):
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
         vocab_size=99, hidden_size=24, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, hidden_act=act
     )
-    theirs = shaken(transformers.CLIPTextModel(config))
+    theirs = perturbed(transformers.CLIPTextModel(config))
     ours = loaded(theirs, "text_encoder", tmp_path, ClipText, diffusers_layout.text_config)
     ids = np.random.default_rng(0).integers(0, 99, (2, 77))
     with torch.no_grad():

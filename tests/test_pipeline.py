@@ -1,15 +1,17 @@
-"""`TuneAVideo` as a notebook calls it: what comes back, what is compiled, what is refused."""
+"""`TuneAVideo`: results, compilations, and input that is refused."""
 
 import json
 import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tav_jax import Clip, InputError, PromptCut, TuneAVideo, load_video
 from tav_jax.diffusion import programs
+from tav_jax.diffusion.samplers import DDIM
 from tav_jax.distributed import memory
 from tav_jax.errors import OutOfMemoryError
 
@@ -44,7 +46,7 @@ def test_several_prompts_are_one_batch_and_the_same_edits(sd1):
     assert np.abs(together[0].latents - together[1].latents).max() > 1e-3
 
 
-def test_each_prompt_may_have_a_start_of_its_own(sd1):
+def test_a_start_for_each_prompt(sd1):
     tav = sd1.tav
     starts = np.concatenate([tav.noise(seed, *size) for seed, size in ((1, (3, (32, 32))), (2, (3, (32, 32))))])
     together = tav.sample(["blue", "red"], latents=starts, steps=3)
@@ -65,7 +67,7 @@ def test_other_values_compile_nothing(sd1):
     assert programs.denoise_loop._cache_size() == compiled
 
 
-def test_a_walk_that_is_watched_is_the_same_walk(sd1):
+def test_progress_changes_nothing(sd1):
     tav = sd1.tav
     noise = tav.invert(sd1.latents, steps=4)
     whole = tav.sample("red", latents=noise, steps=6, guidance=3.0, return_trajectory=True)
@@ -87,29 +89,30 @@ def test_guidance_of_one_is_the_conditional_half(sd1):
     np.testing.assert_allclose(plain.latents, nearly.latents, atol=1e-3)
 
 
-def test_strength_is_the_share_of_the_steps_that_the_prompt_leads(sd1):
-    """Three of five steps without a word, then two guided ones, step by step from the formula."""
+def test_strength_is_the_share_of_the_steps_that_use_the_prompt(sd1):
+    """Three of five steps with the empty prompt, then two guided ones, step by step from the formula."""
     tav, text = sd1.tav, sd1.tav.encode_text(["", "red", "blue"])
     noise = tav.invert(sd1.latents, steps=5)
     edits = tav.sample(["red", "blue"], latents=noise, steps=5, guidance=3.0, strength=0.4, return_trajectory=True)
     back = tav.sample("", latents=noise, steps=5, guidance=1.0, return_trajectory=True).trajectory[:3]
-    ladder = tav.schedule.sampling_steps(5)
-    for edit, words in zip(edits, (text[1:2], text[2:3]), strict=True):
+    table = tav.schedule.sampling_steps(5)
+    for edit, embedding in zip(edits, (text[1:2], text[2:3]), strict=True):
         np.testing.assert_allclose(edit.trajectory[:3], back, rtol=1e-5, atol=1e-5)
         x = np.asarray(back[-1], np.float64)
-        for t, start, end in list(zip(*ladder, strict=True))[3:]:
-            without, towards = (np.asarray(tav.unet(x, np.array([t]), w), np.float64) for w in (text[:1], words))
+        for t, alpha, next_alpha in list(zip(table.timestep, table.alpha, table.next_alpha, strict=True))[3:]:
+            without, towards = (np.asarray(tav.unet(x, np.array([t]), w), np.float64) for w in (text[:1], embedding))
             e = without + 3.0 * (towards - without)
-            x = np.sqrt(end) * (x - np.sqrt(1 - start) * e) / np.sqrt(start) + np.sqrt(1 - end) * e
+            x0 = (x - np.sqrt(1 - alpha) * e) / np.sqrt(alpha)
+            x = np.sqrt(next_alpha) * x0 + np.sqrt(1 - next_alpha) * e
         np.testing.assert_allclose(edit.latents, x, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(edit.latents, edit.trajectory[-1])
 
 
-@pytest.mark.parametrize("watched", [True, False])
-def test_another_strength_compiles_nothing(sd1, watched):
-    """Pieces of five steps and single ones do for every strength; watched, they are the inversion's."""
+@pytest.mark.parametrize("progress", [True, False])
+def test_another_strength_compiles_nothing(sd1, progress):
+    """Chunks of five steps and single steps serve every strength; with progress they are the inversion's."""
     tav, seen = sd1.tav, []
-    options = {"steps": 10, "guidance": 3.0, "progress": seen.append if watched else None}
+    options = {"steps": 10, "guidance": 3.0, "progress": seen.append if progress else None}
     noise = tav.invert(sd1.latents, steps=10, progress=seen.append)
     for strength in (0.5, 0.7):
         tav.sample("red", latents=noise, strength=strength, **options)
@@ -117,7 +120,7 @@ def test_another_strength_compiles_nothing(sd1, watched):
     seen.clear()
     for strength in (0.1, 0.25, 0.6, 0.86):
         tav.sample("blue", latents=noise, strength=strength, **options)
-        assert not watched or seen.pop() == 10
+        assert not progress or seen.pop() == 10
     assert programs.denoise_loop._cache_size() == compiled
 
 
@@ -130,7 +133,7 @@ def test_the_least_strength_is_one_step(sd1):
     assert np.array_equal(only[0].latents, only[1].latents)
 
 
-def test_starts_of_their_own_go_back_on_their_own(sd1):
+def test_strength_with_a_start_for_each_prompt(sd1):
     starts = np.concatenate([sd1.tav.noise(seed, 2, (32, 32)) for seed in (1, 2)])
     together = sd1.tav.sample(["blue", "red"], latents=starts, steps=4, strength=0.5)
     for i, text in enumerate(["blue", "red"]):
@@ -138,24 +141,70 @@ def test_starts_of_their_own_go_back_on_their_own(sd1):
         np.testing.assert_allclose(together[i].latents, alone.latents, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_fit_is_refused_before_the_steps_without_words(sd1, monkeypatch):
+def test_what_cannot_fit_is_refused_before_the_unprompted_steps(sd1, monkeypatch):
     latents = sd1.latents
-    room = sd1.tav.work("", latents, rows=1)
-    monkeypatch.setenv(memory.OVERRIDE, str((room.count(room.shape, 1) + 1000) / 2**30))
+    workload = sd1.tav.memory_estimator.denoising("", latents, rows=1)
+    monkeypatch.setenv(memory.OVERRIDE, str((workload.bytes_needed(workload.shape, 1) + 1000) / 2**30))
     monkeypatch.setattr(programs, "denoise_loop", None)
     with pytest.raises(OutOfMemoryError, match="sampling 5 frames of 64×64 takes"):
         sd1.tav.sample(["red"] * 8, latents=latents, steps=4, strength=0.5)
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, float("nan")])
-def test_a_strength_that_is_no_share_is_refused(sd1, strength):
-    with pytest.raises(InputError, match=f"strength is {strength!r}; give a share of the steps, above 0 and up to 1"):
+def test_a_strength_out_of_range_is_refused(sd1, strength):
+    with pytest.raises(InputError, match=f"strength is {strength!r}; it must be above 0 and at most 1"):
         sd1.tav.sample("red", latents=sd1.latents, steps=2, strength=strength)
 
 
-def test_without_a_clip_there_is_nothing_to_keep(sd1):
+def test_strength_needs_a_clip(sd1):
     with pytest.raises(InputError, match=r"strength is 0.5, but there is no clip to keep; give its inversion"):
         sd1.tav.sample("red", frames=2, size=(32, 32), steps=2, strength=0.5)
+
+
+def test_fewer_sampling_than_inversion_steps(sd1):
+    """The trajectory, step by step, at the timesteps that the rule chooses from the inversion's."""
+    tav, text = sd1.tav, sd1.tav.encode_text(["", "red"])
+    noise = tav.invert(sd1.latents, steps=10)
+    options = {"latents": noise, "guidance": 3.0, "return_trajectory": True}
+    edit = tav.sample("red", steps=4, inversion_steps=10, **options)
+    alphas, x = tav.schedule.alphas_cumprod.astype(np.float64), np.asarray(noise, np.float64)
+    timesteps = [901, 701, 401, 101]
+    for t, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        without, towards = (np.asarray(tav.unet(x, np.array([t]), w), np.float64) for w in (text[:1], text[1:]))
+        e = without + 3.0 * (towards - without)
+        alpha, next_alpha = alphas[t], alphas[following] if following else tav.schedule.final_alpha_cumprod
+        x = np.sqrt(next_alpha) * (x - np.sqrt(1 - alpha) * e) / np.sqrt(alpha) + np.sqrt(1 - next_alpha) * e
+    np.testing.assert_allclose(edit.latents, x, rtol=1e-4, atol=1e-4)
+    plain = tav.sample("red", steps=10, **options)
+    assert np.array_equal(plain.trajectory, tav.sample("red", steps=10, inversion_steps=10, **options).trajectory)
+    with pytest.raises(InputError, match="steps is 11 and the latents were inverted in 10 steps"):
+        tav.sample("red", steps=11, inversion_steps=10, **options)
+
+
+def test_a_sampler_from_outside_the_package(sd1):
+    """An instance is used as it is; equal instances share one program."""
+
+    class HalfSteps(NamedTuple):
+        """DDIM along half of the prediction."""
+
+        factor: float = 0.5
+
+        def init(self, latents):
+            return DDIM().init(latents)
+
+        def step(self, state, model_output, step, prediction):
+            return DDIM().step(state, self.factor * model_output, step, prediction)
+
+    tav, options = sd1.tav, {"latents": sd1.latents, "steps": 4, "guidance": 3.0}
+    ddim = tav.sample("red", **options)
+    assert np.array_equal(tav.sample("red", sampler=HalfSteps(1.0), **options).latents, ddim.latents)
+    half = tav.sample("red", sampler=HalfSteps(), **options)
+    assert np.abs(half.latents - ddim.latents).max() > 1e-3
+    compiled = programs.denoise_loop._cache_size()
+    tav.sample("blue", sampler=HalfSteps(), **options)
+    assert programs.denoise_loop._cache_size() == compiled
+    with pytest.raises(InputError, match="sampler is 'euler'; it must be one of"):
+        tav.sample("red", sampler="euler", **options)
 
 
 def test_noise_starts_are_reproducible(sd1):
@@ -174,7 +223,7 @@ def test_invert_takes_a_clip_its_frames_or_its_latents(sd1, clip):
     np.testing.assert_allclose(by_clip, tav.invert(tav.encode_video(clip), steps=2), atol=1e-5)
 
 
-def test_a_long_prompt_is_cut_with_a_warning_that_says_what(sd1):
+def test_a_long_prompt_is_truncated_with_a_warning(sd1):
     words = "red square " * 60 + "never read"
     with pytest.warns(PromptCut, match=r"tokens and the text encoder reads 77: cut off was .*never read"):
         sd1.tav.encode_text([words])
@@ -191,7 +240,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_says_what(sd1):
         (np.zeros((0, 64, 64, 3), np.uint8), "0 frames; at least 1"),
     ],
 )
-def test_frames_that_cannot_be_used(sd1, frames, said):
+def test_frames_that_are_refused(sd1, frames, said):
     for use in (sd1.tav.encode_video, sd1.tav.posterior, sd1.tav.invert):
         with pytest.raises(InputError, match=said):
             use(frames)
@@ -208,7 +257,7 @@ def test_frames_that_cannot_be_used(sd1, frames, said):
         ({}, "frames= and size="),
     ],
 )
-def test_samples_that_cannot_be_made(sd1, options, said):
+def test_sampling_options_that_are_refused(sd1, options, said):
     tav = TuneAVideo(sd1.tav.components, "float32")
     with pytest.raises(InputError, match=said):
         tav.sample("red", **options)
@@ -216,15 +265,15 @@ def test_samples_that_cannot_be_made(sd1, options, said):
         tav.sample([], latents=sd1.latents)
 
 
-def test_a_replay_that_cannot_be_made(sd1):
+def test_a_replay_that_is_refused(sd1):
     noise = np.zeros((2, *sd1.latents.shape[1:]), np.float32)
     with pytest.raises(InputError, match=r"noise is \[2, .*for 1 timesteps"):
         sd1.tav.replay(sd1.latents, "red", timesteps=[5], noise=noise)
-    with pytest.raises(InputError, match="timesteps go from 5 to 1000; they must be within 0 to 999"):
+    with pytest.raises(InputError, match="timesteps are 5 to 1000; they must be within 0 to 999"):
         sd1.tav.replay(sd1.latents, "red", timesteps=[5, 1000], noise=noise)
 
 
-def test_importing_is_fast_because_it_imports_nothing_heavy():
+def test_importing_the_package_imports_nothing_heavy():
     heavy = ["jax", "flax", "optax", "orbax", "transformers", "av", "imageio", "ml_collections", "torch", "numpy"]
     code = f"import sys, tav_jax; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -4,6 +4,7 @@ Only trained weights have gradients, optimizer state and a float32 copy. Frozen 
 """
 
 import contextlib
+import difflib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from tav_jax.config import TRAINABLE, UNET_PARTS
 from tav_jax.diffusion.schedule import NoiseSchedule, Prediction, add_noise, training_target
 from tav_jax.distributed.sharding import constrain_fsdp
+from tav_jax.errors import InputError, join_names
 from tav_jax.models import Conditioning, UNet
 
 Grads = TypeVar("Grads")
@@ -39,6 +41,21 @@ def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
         return keys[0] in roots and any(module.endswith(suffixes) for module in modules)
 
     return is_trainable
+
+
+def check_trainable(unet: UNet, names: Sequence[str]) -> None:
+    """Refuse a list that names no layer, or a suffix that no layer has: it would train nothing without an error."""
+    suffixes = [name for name in names if name not in UNET_PARTS]
+    if not suffixes:
+        raise InputError(f"trainable {tuple(names)!r} names no layer; give suffixes of names such as {TRAINABLE}")
+    modules = {".".join(map(str, path)) for path, _ in nnx.iter_modules(unet) if path}
+    for suffix in suffixes:
+        if not any(f".{module}".endswith(f".{suffix}") for module in modules):
+            ends = {end for module in modules for end in (module, *(module.split(".", n)[-1] for n in range(1, 7)))}
+            near = difflib.get_close_matches(suffix, sorted(ends), n=3, cutoff=0.5)
+            raise InputError(
+                f"trainable {suffix!r} is not the end of any layer's name; use one such as {join_names(near or TRAINABLE)}"
+            )
 
 
 class Hyperparameters(NamedTuple):

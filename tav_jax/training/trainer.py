@@ -17,6 +17,7 @@ from tav_jax.training.train_step import (
     Posterior,
     Replay,
     TrainState,
+    check_trainable,
     make_step_function,
     run_steps,
     trainable_filter,
@@ -46,6 +47,7 @@ class Trainer:
     ):
         """Starts from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
         remat = remat_name(remat)
+        check_trainable(tav.components.unet, trainable)
         graph, params, frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
         self.workload = tav.memory_estimator.tuning(data[0], self.parameters, remat=remat, fsdp=fsdp)
