@@ -1,4 +1,4 @@
-"""Meshes of virtual devices against one device: tuning, inversion and sampling give the same numbers."""
+"""Tuning, inversion and sampling on meshes of virtual devices equal one device."""
 
 import json
 import os
@@ -48,21 +48,21 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
-def test_a_mesh_gives_the_numbers_of_one_device_also_where_frames_do_not_divide(mesh, alone, tmp_path):
+def test_a_mesh_equals_one_device_with_frames_that_do_not_divide(mesh, alone, tmp_path):
     ours = numbers(tmp_path, "sd1", mesh, 6, 8)
     assert_same(ours, alone(6))
-    # Nothing is gathered but the result: four clips of latents, with the frames that fill up.
+    # Only the result is gathered: four clips of latents with padded frames.
     assert ours["gathered"] <= 4 * ours["latents"] * 8 / 6
 
 
 @pytest.mark.slow
-def test_24_frames_run_on_16_devices_with_what_is_learned_in_parts(alone, tmp_path):
+def test_24_frames_on_16_devices_with_fsdp(alone, tmp_path):
     ours = numbers(tmp_path, "sd1", (1, 16), 24, 16, fsdp=True)
     assert_same(ours, alone(24))
-    assert ours["largest_part"] < 1  # of the trained arrays that divide, each device holds a part
+    assert ours["largest_shard"] < 1
 
 
-# ----------------------------------------------------------------------------------------------- the choice of a mesh
+# ------------------------------------------------------------------------------------------- mesh shapes
 
 
 @pytest.mark.parametrize(
@@ -79,23 +79,23 @@ def test_24_frames_run_on_16_devices_with_what_is_learned_in_parts(alone, tmp_pa
         (8, 1, (8, 1)),
     ],
 )
-def test_the_usual_mesh_gives_each_device_frames_before_it_doubles_prompts(devices, frames, shape):
+def test_the_default_mesh_shards_frames_first(devices, frames, shape):
     assert default_mesh_shape(devices, frames) == shape
 
 
-def test_a_mesh_larger_than_the_machine_is_refused_before_anything_is_loaded(sd1):
+def test_a_mesh_larger_than_the_machine_is_refused(sd1):
     with pytest.raises(InputError, match=r"mesh of 4 × 2 .* needs 8 devices and there is 1"):
         TuneAVideo.from_pretrained(sd1.model, mesh=(4, 2))
 
 
-def test_one_device_is_no_mesh():
+def test_one_device_has_no_mesh():
     assert sharding.make_mesh((1, 1)) is None
     assert sharding.make_mesh((0, 0)) is None
     assert sharding.make_mesh() is None
 
 
 @pytest.mark.parametrize("value", [-1, 65537])
-def test_a_config_mesh_is_checked(value):
+def test_mesh_settings_out_of_range_are_refused(value):
     given = config.get_config()
     given.mesh.frames = value
     with pytest.raises(InputError, match=f"mesh.frames is {value}"):
