@@ -72,8 +72,8 @@ class TuneAVideo:
 
         A 2D UNet is inflated, with new temporal layers initialised from `seed`. A UNet that was tuned by this or the
         official code is loaded as it is. `dtype` is the dtype of the frozen weights and of the arithmetic; the weights
-        that `trainable` names stay in float32. `mesh` is (data, frames) on the first devices; by default all devices are
-        used, divided as suits a clip of `frames` frames. A `size` (height, width) that the model does not support is
+        that `trainable` names stay in float32. `mesh` is (data, frames) on the first devices; by default all devices
+        are used, divided as suits a clip of `frames` frames. A `size` (height, width) that the model does not support is
         refused before weights are read. `kernel` computes spatial attention, see `tav_jax.kernels.attention`. With
         several processes, all must make the same calls in the same order.
         """
@@ -339,7 +339,8 @@ class TuneAVideo:
         if chunk is None and processes.any_process(report is not None):
             chunk = programs.chunk_size(len(steps.timestep))
         options |= {"prediction": self.schedule.prediction, "chunk": chunk, "report": report}
-        with memory.checked(self.memory_estimator.denoising(name, latents, rows=len(conditioning.text))), self.numerics():
+        workload = self.memory_estimator.denoising(name, latents, rows=len(conditioning.text))
+        with memory.checked(workload), self.numerics():
             return programs.run_denoise_loop(self.components.unet, latents, conditioning, steps, **options)
 
     def _decode_edit(self, i: int, prompt: str, latents, trajectory, fps: float | None) -> Edit:

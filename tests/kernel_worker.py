@@ -16,7 +16,7 @@ from tav_jax.kernels import frame_attention
 def main(data: int, frames: int, batch: int) -> None:
     arrays = [jax.random.normal(jax.random.key(i), (batch, 2 * frames, 70, 2, 16)) for i in range(4)]
 
-    def both_ways(kernel):
+    def output_and_gradients(kernel):
         def run(q, k, v, g):
             q, k, v, g = (constrain(x, CLIP) for x in (q, k, v, g))
             out, back = jax.vjp(lambda *x: frame_attention(*x, "sparse-causal", kernel), q, k, v)
@@ -24,12 +24,12 @@ def main(data: int, frames: int, batch: int) -> None:
 
         return jax.jit(run)
 
-    plain = both_ways("plain")(*arrays)
+    plain = output_and_gradients("plain")(*arrays)
     with sharding.use_mesh(sharding.make_mesh((data, frames))):
         placed = [jax.jit(lambda x: constrain(x, CLIP))(x) for x in arrays]
-        spread = both_ways("interpret")
-        ours = spread(*placed)
-        text = spread.lower(*placed).compile().as_text()
+        sharded = output_and_gradients("interpret")
+        ours = sharded(*placed)
+        text = sharded.lower(*placed).compile().as_text()
     kinds = re.findall(r"(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(", text)
     errors = [float(jnp.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(ours, plain, strict=True)]
     print(json.dumps({"errors": errors, "collectives": sorted(set(kinds))}))

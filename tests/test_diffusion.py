@@ -203,7 +203,7 @@ def test_constant_noise_returns_as_velocity(steps):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_optimal_denoiser_of_a_gaussian_returns_at_first_order(prediction):
-    """For data N(m, s²) the optimal ε is linear in x. DDIM is Euler's method: the error of a round trip is O(1/steps)."""
+    """For data N(m, s²) the optimal ε is linear in x. DDIM is Euler's method: a round trip's error is O(1/steps)."""
     s, m, sigma = schedule(prediction), 0.7, 0.5
 
     def denoise(x, t):

@@ -1,4 +1,4 @@
-"""The networks, layer by layer and whole, against torch, Diffusers, transformers and plain loops, with random weights."""
+"""The networks, layer by layer and whole, with random weights: against torch, Diffusers, transformers and loops."""
 
 import importlib
 import json

@@ -17,10 +17,10 @@ from tav_jax.errors import InputError
 from tav_jax.io import weights
 from tav_jax.models import Conditioning, UNet, UNetConfig
 
-NAMES = CHOICES["train.remat"]
 from tav_jax.training import train_step
 from tav_jax.training.train_step import Hyperparameters, TrainExample, TrainState, check_trainable, trainable_filter
 
+NAMES = CHOICES["train.remat"]
 SMALL = UNetConfig(
     block_out_channels=(8, 16),
     layers_per_block=1,
@@ -76,15 +76,17 @@ def step(
     )
 
 
+def loss(unet: UNet, one: TrainExample, conditioning: Conditioning, remat: str | bool) -> jax.Array:
+    return train_step.diffusion_loss(unet, one, conditioning, ALPHAS_CUMPROD, "epsilon", remat=remat)
+
+
 def gradients(unet: UNet, remat: str | bool):
     graph, trained, frozen = nnx.split(unet, trainable_filter(), ...)
     one, conditioning = example()
 
     @jax.jit
     def grad(trained):
-        return jax.grad(
-            lambda t: train_step.diffusion_loss(nnx.merge(graph, t, frozen), one, conditioning, ALPHAS_CUMPROD, "epsilon", remat=remat)
-        )(trained)
+        return jax.grad(lambda t: loss(nnx.merge(graph, t, frozen), one, conditioning, remat))(trained)
 
     return {path: np.asarray(leaf.get_value()) for path, leaf in weights.flat(grad(trained)).items()}
 
@@ -107,10 +109,10 @@ def saved_values(remat: str, capsys) -> int:
     graph, trained, frozen = nnx.split(unet, trainable_filter(), ...)
     one, conditioning = example()
 
-    def loss(trained, frozen, one, conditioning):
-        return train_step.diffusion_loss(nnx.merge(graph, trained, frozen), one, conditioning, ALPHAS_CUMPROD, "epsilon", remat=remat)
+    def of(trained, frozen, one, conditioning):
+        return loss(nnx.merge(graph, trained, frozen), one, conditioning, remat)
 
-    print_saved_residuals(loss, trained, frozen, one, conditioning)
+    print_saved_residuals(of, trained, frozen, one, conditioning)
     lines = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
     shapes = [re.match(r"\w+\[([\d,]*)\]", line) for line in lines]
     return sum(math.prod(int(n) for n in shape[1].split(",") if n) for shape in shapes if shape)
@@ -159,9 +161,7 @@ def test_other_values_compile_nothing():
     state, _ = step(unet)
     compiled = train_step.replay_step._cache_size()
     for seed, t, rate in ((1, 5, 1e-4), (2, 999, 3e-5)):
-        state, _ = step(
-            unet, state, seed, t, Hyperparameters(jnp.float32(rate), jnp.float32(0.1), jnp.float32(0.5))
-        )
+        state, _ = step(unet, state, seed, t, Hyperparameters(jnp.float32(rate), jnp.float32(0.1), jnp.float32(0.5)))
     assert train_step.replay_step._cache_size() == compiled
 
 

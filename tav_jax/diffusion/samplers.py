@@ -66,8 +66,8 @@ def run_sampler(
 ) -> tuple[Any, Float[Array, "N B F h w c"] | None]:
     """The state after the last step and, with `trajectory`, the latents after each step.
 
-    With `NoiseSchedule.sampling_steps` this is sampling. DDIM with `NoiseSchedule.inversion_steps` is DDIM inversion: the
-    same step, towards more noise.
+    With `NoiseSchedule.sampling_steps` this is sampling. DDIM with `NoiseSchedule.inversion_steps` is DDIM inversion:
+    the same step, towards more noise.
     """
 
     def body(state, step):

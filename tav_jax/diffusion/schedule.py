@@ -57,8 +57,8 @@ def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
 
         return np.array([min(1 - alpha((i + 1) / count) / alpha(i / count), 0.999) for i in range(count)], np.float32)
     raise WeightsError(
-        f"the scheduler's beta_schedule is {short_repr(schedule)}; known are 'scaled_linear' (Stable Diffusion's), 'linear' "
-        "and 'squaredcos_cap_v2'. Fix scheduler/scheduler_config.json."
+        f"the scheduler's beta_schedule is {short_repr(schedule)}; known are 'scaled_linear' (Stable Diffusion's), "
+        "'linear' and 'squaredcos_cap_v2'. Fix scheduler/scheduler_config.json."
     )
 
 
@@ -105,8 +105,8 @@ class NoiseSchedule:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise WeightsError(
-                f"the scheduler's prediction_type is {short_repr(prediction)}; only 'epsilon' and 'v_prediction' can be "
-                "tuned and inverted. Fix scheduler/scheduler_config.json if the weights predict one of these."
+                f"the scheduler's prediction_type is {short_repr(prediction)}; only 'epsilon' and 'v_prediction' can "
+                "be tuned and inverted. Fix scheduler/scheduler_config.json if the weights predict one of these."
             )
         if config.get("rescale_betas_zero_snr"):
             raise WeightsError(

@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk: what was compiled once starts at once the next time."""
+"""JAX's persistent compilation cache, in the user's cache directory."""
 
 import hashlib
 import os
@@ -9,35 +9,35 @@ from pathlib import Path
 import jax
 
 
-def base() -> Path:
-    """In the user's cache folder or, where there is none to write to, in the temporary one."""
+def cache_directory() -> Path:
+    """The user's cache directory for this package, or one in the temporary directory if that is not writable."""
     try:
         wanted = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tav_jax"
         wanted.mkdir(parents=True, exist_ok=True)
         if not os.access(wanted, os.W_OK):
             raise PermissionError
         return wanted
-    except (OSError, RuntimeError):  # no home folder, or one that may not be written
+    except (OSError, RuntimeError):  # no home directory, or one that is not writable
         return Path(tempfile.gettempdir()) / f"tav_jax-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
-def folder() -> Path:
-    """Programs for a CPU use all that this CPU can do, and a home folder may be shared by unlike machines: each kind of
-    processor has a folder of its own."""
-    return base() / "compiled" / _processor()
+def compiled_directory() -> Path:
+    """One directory for each kind of processor: CPU programs use the instruction set of the machine that compiled them,
+    and a home directory may be shared by different machines."""
+    return cache_directory() / "compiled" / _processor()
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+        description = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
     except OSError:
-        told = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        description = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
 
 
 def enable() -> None:
-    """Keep compiled programs from now on. JAX's own settings, where they are given, stand."""
+    """Turn the cache on. JAX's own settings take precedence."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(folder()))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_directory()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -1,4 +1,4 @@
-"""Checks of the arrays and numbers that a caller passes. Each error says what was given, what is expected and the fix."""
+"""Checks of the arrays and numbers that a caller passes. An error names the value, what is expected and the fix."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,8 @@ def replayed_steps(timesteps: np.ndarray, noise: Array, latents: Array, train_ti
     expected = (len(timesteps), *latents.shape[1:])
     if noise.shape != expected:
         raise InputError(
-            f"noise is {list(noise.shape)}; for {len(timesteps)} timesteps and these latents it must be {list(expected)}"
+            f"noise is {list(noise.shape)}; for {len(timesteps)} timesteps and these latents it must be "
+            f"{list(expected)}"
         )
     if len(timesteps) and not 0 <= timesteps.min() <= timesteps.max() < train_timesteps:
         raise InputError(

@@ -1,7 +1,7 @@
 """Attention, `softmax(q kᵀ / √d) v`, and spatial attention between the frames of a clip.
 
-Shapes: q `[..., T, N, D]`, k and v `[..., S, N, D]` with T queries, S keys and N heads of size D. The kernels for spatial
-attention:
+Shapes: q `[..., T, N, D]`, k and v `[..., S, N, D]` with T queries, S keys and N heads of size D. The kernels for
+spatial attention:
 
 | name        | runs on     | what it is                                                                       |
 |-------------|-------------|----------------------------------------------------------------------------------|

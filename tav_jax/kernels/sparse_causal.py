@@ -1,14 +1,14 @@
-"""Sparse-causal attention as one TPU kernel: each frame looks at frame 0 and at the frame before.
+"""Sparse-causal attention as a Pallas kernel for TPUs: each frame attends to frame 0 and to the previous frame.
 
-Written plainly, keys and values of both frames are laid side by side, `[B, F, 2T, N, D]`, and stored. This kernel reads
-them where they are: which frame a block comes from is in its index map. Frame 0's keys stay on the chip while all
-frames go by, so that every key and value is read about once. Frames 0 and 1 look at frame 0 only: there both halves
-would be frame 0, and a softmax over everything twice is the softmax over everything once.
+XLA's version concatenates the keys and values of both frames, `[B, F, 2T, N, D]`, and stores them. This kernel reads
+them in place: its index maps choose the frame. The keys of frame 0 stay in VMEM while the grid iterates over frames,
+so that each key and value is read about once. Frames 0 and 1 attend to frame 0 only: the other half would be frame 0
+again, and a softmax over duplicated keys equals the softmax over the keys.
 
-In here arrays are `[B, F, N, D, T]`. With T last a head of 40 numbers takes the place of 48, where `[…, T, D]` would
-take that of 128 (a TPU stores the last axis in pieces of 128); and the softmax's statistics are rows.
+Arrays in this module are `[B, F, N, D, T]`. A TPU tiles the last axis by 128: with T last, a head of size 40 is padded
+to 48; as `[…, T, D]` it would be padded to 128. The softmax statistics are rows.
 
-Scores are in float32 and to base 2, the exponential that the hardware has.
+Scores are float32, with exponentials to base 2, which the hardware has.
 """
 
 import functools
@@ -23,19 +23,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 LANES = 128
-QUERIES, KEYS = 512, 512  # at once: a tile of scores is 1 MiB
-VMEM = 96 * 2**20  # of the 128 MiB of v5e and v6e
+QUERIES, KEYS = 512, 512  # block sizes: a tile of scores is 1 MiB
+VMEM = 96 * 2**20  # limit, of 128 MiB on v5e and v6e
 
 Heads = Float[Array, "B F N D T"]
 Frame = Float[Array, "B 1 N D T"]
 
 
 class Sizes(NamedTuple):
-    """What a program is compiled for."""
+    """Static parameters of the kernel."""
 
-    tokens: int  # the real ones; the arrays are filled up to whole blocks
-    queries: int  # in a block
-    keys: int  # in a tile
+    tokens: int  # without padding
+    queries: int  # per block
+    keys: int  # per tile
     halo: bool  # whether the frame before the first one may be on another device
     interpret: bool
 
@@ -44,38 +44,38 @@ class Sizes(NamedTuple):
         return b, n, f, t // self.queries
 
 
-def _fill(tokens: int) -> tuple[int, int]:
-    """The length that so many tokens are filled up to, and how many of them go at once."""
-    filled = -(-tokens // LANES) * LANES
-    block = max(n for n in range(LANES, min(QUERIES, filled) + 1, LANES) if filled % n == 0)
-    if block < min(QUERIES, filled) // 2:  # no good divisor: rather fill up to whole blocks
-        block = min(QUERIES, filled)
-        filled = -(-filled // block) * block
-    return filled, block
+def _padding(tokens: int) -> tuple[int, int]:
+    """The padded length of so many tokens, and the block size."""
+    padded = -(-tokens // LANES) * LANES
+    block = max(n for n in range(LANES, min(QUERIES, padded) + 1, LANES) if padded % n == 0)
+    if block < min(QUERIES, padded) // 2:  # no large divisor: pad to whole blocks
+        block = min(QUERIES, padded)
+        padded = -(-padded // block) * block
+    return padded, block
 
 
-# ------------------------------------------------------------------------------------------------------- in tiles
+# --------------------------------------------------------------------------------------------------- kernel bodies
 
 
 def _dot(a, b, contract: tuple[int, int]):
-    """A matrix product over one axis of each, summed in float32."""
+    """A matrix product over one axis of each operand, accumulated in float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _over_keys(size: Sizes, filled: int, visit) -> None:
-    """Call `visit(where, start)` for each tile of keys."""
+def _over_keys(size: Sizes, padded: int, visit) -> None:
+    """Call `visit(slice, start)` for each tile of keys."""
 
     def step(j, _):
         start = pl.multiple_of(j * size.keys, size.keys)
         visit(pl.ds(start, size.keys), start)
 
-    jax.lax.fori_loop(0, filled // size.keys, step, None)
+    jax.lax.fori_loop(0, padded // size.keys, step, None)
 
 
 def _scores(size: Sizes, k, q, start):
-    """[keys, queries] to base 2; no key that only fills up is seen."""
+    """[keys, queries], for exponentials to base 2; padded keys are masked."""
     s = _dot(k, q, (0, 0)) * (math.log2(math.e) / math.sqrt(q.shape[0]))
     if size.tokens % size.keys == 0:
         return s
@@ -83,45 +83,45 @@ def _scores(size: Sizes, k, q, start):
     return jnp.where(rows < size.tokens, s, -jnp.inf)
 
 
-def _two_halves(size: Sizes, offset, look, first, before, halo) -> None:
-    """`look` at frame 0 and, from the clip's frame 2 on, at the frame before."""
+def _for_key_frames(size: Sizes, offset, attend, first, previous, halo) -> None:
+    """Call `attend` for frame 0 and, from the clip's frame 2 on, for the previous frame."""
     f = pl.program_id(2)
-    look("first", *first)
+    attend("first", *first)
     later = offset[0] + f > 1
-    pl.when(later & (f > 0) if size.halo else later)(lambda: look("before", *before))
+    pl.when(later & (f > 0) if size.halo else later)(lambda: attend("previous", *previous))
     if size.halo:
-        pl.when(later & (f == 0))(lambda: look("halo", *halo))
+        pl.when(later & (f == 0))(lambda: attend("halo", *halo))
 
 
 def _forward_kernel(size: Sizes, offset, q, k0, v0, kp, vp, *rest):
     halo, rest = (rest[:2], rest[2:]) if size.halo else ((), rest)
-    out, lse, top, total, acc = rest
-    top[...] = jnp.full_like(top, -jnp.inf)
+    out, lse, row_max, total, acc = rest
+    row_max[...] = jnp.full_like(row_max, -jnp.inf)
     total[...] = jnp.zeros_like(total)
     acc[...] = jnp.zeros_like(acc)
 
-    def look(_, k, v):
+    def attend(_, k, v):
         def visit(where, start):
             s = _scores(size, k[:, where], q[...], start)
-            highest = jnp.maximum(top[...], s.max(axis=0, keepdims=True))  # [1, queries]
-            p = jnp.exp2(s - highest)
-            shrink = jnp.exp2(top[...] - highest)
-            total[...] = shrink * total[...] + p.sum(axis=0, keepdims=True)
-            acc[...] = shrink * acc[...] + _dot(v[:, where], p.astype(v.dtype), (1, 0))  # [D, queries]
-            top[...] = highest
+            new_max = jnp.maximum(row_max[...], s.max(axis=0, keepdims=True))  # [1, queries]
+            p = jnp.exp2(s - new_max)
+            rescale = jnp.exp2(row_max[...] - new_max)
+            total[...] = rescale * total[...] + p.sum(axis=0, keepdims=True)
+            acc[...] = rescale * acc[...] + _dot(v[:, where], p.astype(v.dtype), (1, 0))  # [D, queries]
+            row_max[...] = new_max
 
         _over_keys(size, k.shape[1], visit)
 
-    _two_halves(size, offset, look, (k0, v0), (kp, vp), halo)
+    _for_key_frames(size, offset, attend, (k0, v0), (kp, vp), halo)
     out[...] = (acc[...] / total[...]).astype(out.dtype)
-    lse[...] = top[...] + jnp.log2(total[...])
+    lse[...] = row_max[...] + jnp.log2(total[...])
 
 
 def _backward_kernel(size: Sizes, offset, q, out, g, lse, k0, v0, kp, vp, *rest):
-    """All gradients from one pass over the scores.
+    """All gradients in one pass over the scores.
 
-    What frame 0's keys get is summed up on the chip over all frames; what the keys of the frame before get, over this
-    frame's queries. Keys of the last frame get nothing here, since no frame of this device comes after it.
+    Gradients of frame 0's keys and values accumulate in VMEM over all frames, those of the previous frame over the
+    queries of this frame. The last frame's keys get no gradient here: no later frame of this device attends to them.
     """
     halo, rest = (rest[:2], rest[2:]) if size.halo else ((), rest)
     dq, dk0, dv0, dk, dv, *rest = rest
@@ -142,10 +142,10 @@ def _backward_kernel(size: Sizes, offset, q, out, g, lse, k0, v0, kp, vp, *rest)
     dq_sum[...] = jnp.zeros_like(dq_sum)
     scale = 1 / math.sqrt(q.shape[0])
     delta = jnp.sum(g[...].astype(jnp.float32) * out[...].astype(jnp.float32), axis=0, keepdims=True)  # [1, queries]
-    sums = {"first": (dk0, dv0), "before": (dk_sum, dv_sum), "halo": dhalo}
+    sums = {"first": (dk0, dv0), "previous": (dk_sum, dv_sum), "halo": dhalo}
 
-    def look(half, k, v):
-        to_k, to_v = sums[half]
+    def attend(source, k, v):
+        to_k, to_v = sums[source]
 
         def visit(where, start):
             p = jnp.exp2(_scores(size, k[:, where], q[...], start) - lse[...])  # [keys, queries]
@@ -156,7 +156,7 @@ def _backward_kernel(size: Sizes, offset, q, out, g, lse, k0, v0, kp, vp, *rest)
 
         _over_keys(size, k.shape[1], visit)
 
-    _two_halves(size, offset, look, (k0, v0), (kp, vp), halo)
+    _for_key_frames(size, offset, attend, (k0, v0), (kp, vp), halo)
     dq[...] = dq_sum[...].astype(dq.dtype)
 
     @pl.when(i == pl.num_programs(3) - 1)
@@ -165,20 +165,20 @@ def _backward_kernel(size: Sizes, offset, q, out, g, lse, k0, v0, kp, vp, *rest)
         dv[...] = dv_sum[...].astype(dv.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- in programs
+# ----------------------------------------------------------------------------------------------------- kernel calls
 
 
 def _cost(size: Sizes, q, products: int, arrays) -> pl.CostEstimate:
-    """For the compiler's schedule and for `tav plan`, neither of which looks into a kernel."""
+    """For the compiler's schedule and for `tav plan`, which cannot analyse a kernel."""
     b, frames, heads, dim, tokens = q.shape
-    seen = 2 * frames - (0 if size.halo else min(frames, 2))  # in frames: 0 and 1 look at one only
-    scores = b * heads * seen * tokens**2
+    key_frames = 2 * frames - (0 if size.halo else min(frames, 2))  # frames 0 and 1 have one each
+    scores = b * heads * key_frames * tokens**2
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     return pl.CostEstimate(flops=2 * products * scores * dim, bytes_accessed=moved, transcendentals=scores)
 
 
 def _call(kernel, size: Sizes, q, *, inputs, outputs, scratch, products: int, name: str):
-    """`inputs` and `outputs` pair what goes in, or the shape of what comes out, with the block of it that is seen."""
+    """`inputs` and `outputs` are pairs of an array, or its shape, and its block spec."""
     return pl.pallas_call(
         functools.partial(kernel, size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -199,13 +199,13 @@ def _call(kernel, size: Sizes, q, *, inputs, outputs, scratch, products: int, na
 
 
 class _Blocks(NamedTuple):
-    """Which part of an array a step of the grid (batch, head, frame, block of queries) sees."""
+    """Block specs for the grid (batch, head, frame, block of queries)."""
 
     queries: pl.BlockSpec
-    rows: pl.BlockSpec  # one number for each query
-    frame: pl.BlockSpec  # the only frame there is
-    before: pl.BlockSpec
-    behind: pl.BlockSpec  # where the gradient of the frame before goes; in frame 0's turn the last one's, nothing
+    rows: pl.BlockSpec  # one value for each query
+    frame: pl.BlockSpec  # of an array with one frame
+    previous: pl.BlockSpec
+    gradient: pl.BlockSpec  # of the previous frame; at frame 0 the last frame's, which is zero
 
     @classmethod
     def of(cls, size: Sizes, q: jax.Array) -> "_Blocks":
@@ -222,7 +222,7 @@ class _Blocks(NamedTuple):
 
 def _run_forward(size: Sizes, offset, q, k, v, first, halo):
     at, dim = _Blocks.of(size, q), q.shape[3]
-    inputs = [(q, at.queries), *((x, at.frame) for x in first), (k, at.before), (v, at.before)]
+    inputs = [(q, at.queries), *((x, at.frame) for x in first), (k, at.previous), (v, at.previous)]
     inputs += [(x, at.frame) for x in halo]
     sums = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[4]), jnp.float32)
     outputs = [(jax.ShapeDtypeStruct(q.shape, q.dtype), at.queries), (sums, at.rows)]
@@ -235,11 +235,11 @@ def _run_forward(size: Sizes, offset, q, k, v, first, halo):
 def _run_backward(size: Sizes, offset, q, k, v, first, halo, out, lse, g):
     at, (dim, tokens) = _Blocks.of(size, q), q.shape[3:]
     inputs = [(q, at.queries), (out, at.queries), (g, at.queries), (lse, at.rows), *((x, at.frame) for x in first)]
-    inputs += [(k, at.before), (v, at.before), *((x, at.frame) for x in halo)]
+    inputs += [(k, at.previous), (v, at.previous), *((x, at.frame) for x in halo)]
     like = jax.ShapeDtypeStruct
     whole = [(like(x.shape, jnp.float32), at.frame) for x in (*first, *halo)]
     outputs = [(like(q.shape, q.dtype), at.queries), *whole[:2]]
-    outputs += [(like(x.shape, x.dtype), at.behind) for x in (k, v)] + whole[2:]
+    outputs += [(like(x.shape, x.dtype), at.gradient) for x in (k, v)] + whole[2:]
     scratch = [(dim, size.queries), (dim, tokens), (dim, tokens)]
     blocks = {"inputs": inputs, "outputs": outputs, "scratch": scratch}
     call = _call(_backward_kernel, size, q, **blocks, products=5, name="sparse_causal_backward")
@@ -250,7 +250,7 @@ def _run_backward(size: Sizes, offset, q, k, v, first, halo, out, lse, g):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(size: Sizes, offset, q, k, v, first, halo):
-    """For one device's frames: `first` and `halo` are keys and values of the clip's frame 0 and of the frame before."""
+    """For the frames of one device. `first`, `halo`: keys and values of the clip's frame 0 and of the frame before."""
     return _run_forward(size, offset, q, k, v, first, halo)[0]
 
 
@@ -259,16 +259,16 @@ def _attention_fwd(size: Sizes, offset, q, k, v, first, halo):
     return out, (offset, q, k, v, first, halo, out, lse)
 
 
-def _attention_bwd(size: Sizes, kept, g):
-    offset, q, k, v, first, halo, out, lse = kept
-    nothing = np.zeros(offset.shape, jax.dtypes.float0)  # the offset is a whole number
-    return nothing, *_run_backward(size, offset, q, k, v, first, halo, out, lse, g)
+def _attention_bwd(size: Sizes, residuals, g):
+    offset, q, k, v, first, halo, out, lse = residuals
+    no_gradient = np.zeros(offset.shape, jax.dtypes.float0)  # the offset is an integer
+    return no_gradient, *_run_backward(size, offset, q, k, v, first, halo, out, lse, g)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-# --------------------------------------------------------------------------------------------------------- to call
+# ------------------------------------------------------------------------------------------------ public functions
 
 
 def sparse_causal(
@@ -279,17 +279,17 @@ def sparse_causal(
     axis: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B F T N D"]:
-    """`softmax(q [k₀ kᵢ₋₁]ᵀ / √d) [v₀ vᵢ₋₁]`. Inside a `shard_map` that spreads the frames over `axis`, keys and
-    values of one frame come from the device before and those of frame 0 from the first."""
+    """`softmax(q [k₀ kᵢ₋₁]ᵀ / √d) [v₀ vᵢ₋₁]`. Inside a `shard_map` over the mesh axis `axis`, keys and values of the
+    previous frame may come from the previous device, and those of frame 0 come from the first device."""
     tokens = q.shape[2]
-    filled, block = _fill(tokens)
+    padded, block = _padding(tokens)
     size = Sizes(tokens, block, block, axis is not None, interpret)
 
-    def inwards(x):
+    def to_kernel_layout(x):
         x = jnp.transpose(x, (0, 1, 3, 4, 2))  # [B, F, N, D, T]
-        return jnp.pad(x, ((0, 0),) * 4 + ((0, filled - tokens),))
+        return jnp.pad(x, ((0, 0),) * 4 + ((0, padded - tokens),))
 
-    q, k, v = (inwards(x) for x in (q, k, v))
+    q, k, v = (to_kernel_layout(x) for x in (q, k, v))
     first, halo, offset = (k[:, :1], v[:, :1]), (), jnp.zeros(1, jnp.int32)
     if axis is not None:
         first, halo, offset = _neighbours(k, v, axis)
@@ -298,18 +298,18 @@ def sparse_causal(
 
 
 def _neighbours(k: Heads, v: Heads, axis: str) -> tuple[tuple[Frame, Frame], tuple[Frame, Frame], Int[Array, "1"]]:
-    """The clip's frame 0, the frame before this device's first, and that first one's number in the clip."""
-    me, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    both = jnp.stack([k, v])  # so that each collective is one
-    first = jax.lax.psum(jnp.where(me == 0, both[:, :, :1], 0), axis)
+    """The clip's frame 0, the frame before this device's first one, and the index of the first one in the clip."""
+    index, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    both = jnp.stack([k, v])  # one collective instead of two
+    first = jax.lax.psum(jnp.where(index == 0, both[:, :, :1], 0), axis)
     halo = jax.lax.ppermute(both[:, :, -1:], axis, [(i, i + 1) for i in range(devices - 1)])
-    offset = jnp.reshape(me * k.shape[1], (1,)).astype(jnp.int32)
+    offset = jnp.reshape(index * k.shape[1], (1,)).astype(jnp.int32)
     return (first[0], first[1]), (halo[0], halo[1]), offset
 
 
 def fits(tokens: int, dim: int, itemsize: int, *, backward: bool = True) -> bool:
-    """Whether a frame's keys and values, and their gradients, fit on the chip."""
-    filled, block = _fill(tokens)
-    frame: Any = math.ceil(dim / 16) * 16 * filled
-    held = 2 * 6 * frame * itemsize + backward * (2 * 2 * frame * itemsize + (2 * 4 + 2) * frame * 4)
-    return held + 6 * 4 * block * block <= VMEM
+    """Whether the keys and values of a frame, and their gradients, fit into VMEM."""
+    padded, block = _padding(tokens)
+    frame: Any = math.ceil(dim / 16) * 16 * padded
+    needed = 2 * 6 * frame * itemsize + backward * (2 * 2 * frame * itemsize + (2 * 4 + 2) * frame * 4)
+    return needed + 6 * 4 * block * block <= VMEM

@@ -1,7 +1,7 @@
 """Convolutional layers that the UNet and the VAE share.
 
-Inputs are `[..., H, W, C]`. A convolution treats all leading axes as a batch, so a kernel of the 2D network is the 1×3×3
-kernel of the video network.
+Inputs are `[..., H, W, C]`. A convolution treats all leading axes as a batch, so a kernel of the 2D network is the
+1×3×3 kernel of the video network.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ class ResnetBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halve H and W with a strided convolution. The UNet pads all sides by one, the VAE only the bottom and the right."""
+    """Halve H and W with a strided convolution. The UNet pads all sides by one, the VAE the bottom and the right."""
 
     def __init__(self, channels: int, *, padding: Padding = 1, dtype, rngs):
         self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)

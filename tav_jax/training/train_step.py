@@ -53,9 +53,8 @@ def check_trainable(unet: UNet, names: Sequence[str]) -> None:
         if not any(f".{module}".endswith(f".{suffix}") for module in modules):
             ends = {end for module in modules for end in (module, *(module.split(".", n)[-1] for n in range(1, 7)))}
             near = difflib.get_close_matches(suffix, sorted(ends), n=3, cutoff=0.5)
-            raise InputError(
-                f"trainable {suffix!r} is not the end of any layer's name; use one such as {join_names(near or TRAINABLE)}"
-            )
+            known = join_names(near or TRAINABLE)
+            raise InputError(f"trainable {suffix!r} is not the end of any layer's name; use one such as {known}")
 
 
 class Hyperparameters(NamedTuple):
