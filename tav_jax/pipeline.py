@@ -73,8 +73,8 @@ class TuneAVideo:
         A 2D UNet is inflated, with new temporal layers initialised from `seed`. A UNet that was tuned by this or the
         official code is loaded as it is. `dtype` is the dtype of the frozen weights and of the arithmetic; the weights
         that `trainable` names stay in float32. `mesh` is (data, frames) on the first devices; by default all devices
-        are used, divided as suits a clip of `frames` frames. A `size` (height, width) that the model does not support is
-        refused before weights are read. `kernel` computes spatial attention, see `tav_jax.kernels.attention`. With
+        are used, divided as suits a clip of `frames` frames. A `size` (height, width) that the model does not support
+        is refused before weights are read. `kernel` computes spatial attention, see `tav_jax.kernels.attention`. With
         several processes, all must make the same calls in the same order.
         """
         check_choice("model.dtype", dtype)

@@ -16,7 +16,6 @@ from tav_jax.config import CHOICES, remat_name
 from tav_jax.errors import InputError
 from tav_jax.io import weights
 from tav_jax.models import Conditioning, UNet, UNetConfig
-
 from tav_jax.training import train_step
 from tav_jax.training.train_step import Hyperparameters, TrainExample, TrainState, check_trainable, trainable_filter
 
