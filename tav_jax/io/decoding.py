@@ -1,7 +1,8 @@
-"""Where clips come from: a folder of pictures or any file that FFmpeg decodes, as an even grid of slots.
+"""Decode clips: a directory of images, or any video file that FFmpeg reads.
 
-A source gives its pictures in the order of showing, each with the slot at which the next one takes over, and its sound
-on the same clock. What is damaged is said in `damage`, and never passed on as a picture.
+A source is sampled on a uniform time grid of `fps` slots per second, so that a file with a variable frame rate keeps
+its timing. It yields its frames in display order, each with the index of the first slot after it. Frames are uint8 RGB
+`[H, W, 3]` with square pixels, rotated upright. Decoding stops at the first damaged frame, and `damage` says why.
 """
 
 import math
@@ -17,121 +18,128 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from tav_jax.errors import InputError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-KINDS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # by content: Pillow reads more, and runs programs for some
-# FFmpeg also draws text, plays devices and what it computes itself, and follows lists of other files. None of these is
-# so much as opened.
-NOT_VIDEO = {
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Checked against the content. Pillow supports more formats and runs external programs for some of them.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+# FFmpeg also renders text, reads devices, synthesizes signals and follows playlists to other files. None of that is
+# allowed.
+EXCLUDED_FORMATS = {
     *("tty", "bin", "xbin", "adf", "idf", "lavfi", "alsa", "fbdev", "kmsgrab", "oss", "video4linux2,v4l2"),
     *("concat", "hls", "dash", "hds", "smoothstreaming", "webm_dash_manifest", "rtp", "rtsp", "sap", "sdp"),
 }
-FORMATS = ",".join(sorted(av.formats_available - NOT_VIDEO))
-FOLDER_FPS = 8.0  # a folder of frames does not say how fast it plays
-SLOWEST, FASTEST = Fraction(1, 100), 1000  # frames a second that a file may claim to have
-LARGEST = 16384  # pixels on a side; H.264 goes no further
-PIXELS = 1 << 26  # of a picture, twice as many as 8K video has
-HERTZ = range(8000, 192_001)  # of sound; any other rate is changed
-SOUND = 2 << 30  # bytes; 23 minutes at the highest rate
-Shown = Generator[tuple[int, Callable[[], np.ndarray]], None, None]  # up to which slot, and how to read the picture
+ALLOWED_FORMATS = ",".join(sorted(av.formats_available - EXCLUDED_FORMATS))
+DIRECTORY_FPS = 8.0  # default for a directory of images, which has no frame rate
+MIN_FPS, MAX_FPS = Fraction(1, 100), 1000
+MAX_FRAME_SIDE = 16384  # pixels, the limit of H.264
+MAX_PIXELS = 1 << 26  # per frame, twice as many as in 8K video
+MAX_PIXEL_ASPECT = 16  # a sample aspect ratio beyond 1:16 or 16:1 is ignored as an error in the file
+SAMPLE_RATES = range(8000, 192_001)  # Hz; audio with any other rate is resampled to 48 kHz
+MAX_AUDIO_BYTES = 2 << 30  # 23 minutes at the highest sample rate
+# For each frame: the first slot after it, and a function that converts it to an array.
+Frames = Generator[tuple[int, Callable[[], np.ndarray]], None, None]
 
 
 @dataclass(frozen=True)
 class Audio:
-    samples: Float[np.ndarray, "channels n"]  # from -1 to 1
+    """Audio samples in [-1, 1] at `rate` Hz. `layout` is "mono" or "stereo"."""
+
+    samples: Float[np.ndarray, "channels n"]
     rate: int
-    layout: str  # "mono" or "stereo"
+    layout: str
 
 
-def check_sides(path: Path, height: int, width: int) -> None:
-    if max(height, width) > LARGEST:
-        raise InputError(f"{path} is {height}×{width} pixels, more than {LARGEST} on a side; give a smaller one")
-    if height * width > PIXELS:
-        most = f"{PIXELS / 1e6:.0f} million"
-        raise InputError(f"{path} is {height}×{width} pixels, more than {most} in all; give a smaller one")
+def check_frame_size(path: Path, height: int, width: int) -> None:
+    """Refuse frames of a file that exceed MAX_FRAME_SIDE or MAX_PIXELS."""
+    if max(height, width) > MAX_FRAME_SIDE:
+        raise InputError(f"{path} is {height}×{width} pixels, more than {MAX_FRAME_SIDE} on a side; use a smaller one")
+    if height * width > MAX_PIXELS:
+        most = f"{MAX_PIXELS / 1e6:.0f} million"
+        raise InputError(f"{path} is {height}×{width} pixels, more than {most} in all; use a smaller one")
 
 
-class Folder:
-    """Pictures, in the order of the numbers in their names."""
+class ImageDirectory:
+    """A directory of images, in the order of the numbers in their names. Each image fills one slot."""
 
     damage = ""
 
     def __init__(self, path: Path, fps: float | None):
-        self.fps = Fraction(fps or FOLDER_FPS).limit_denominator(100_000)
-        files = (file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
-        self.files = sorted((file for file in files if file.is_file()), key=_natural)
+        self.fps = Fraction(fps or DIRECTORY_FPS).limit_denominator(100_000)
+        files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+        self.files = sorted((file for file in files if file.is_file()), key=_natural_order)
         if not self.files:
-            raise InputError(f"{path} has no pictures in it; expected files such as 0001.png ({', '.join(PICTURES)})")
+            raise InputError(f"{path} has no images; expected files such as 0001.png ({', '.join(IMAGE_SUFFIXES)})")
 
-    def shown(self) -> Shown:
+    def frames(self) -> Frames:
         for index, file in enumerate(self.files):
-            yield index + 1, partial(_read_picture, file)
+            yield index + 1, partial(_read_image, file)
 
     def audio(self, begin: Fraction, end: Fraction) -> None:
         return None
 
 
-def _natural(file: Path) -> tuple:
-    """`2.png` before `10.png`: text and numbers alternate."""
+def _natural_order(file: Path) -> tuple:
+    """A sort key that puts `2.png` before `10.png`: the name split into alternating text and numbers."""
     parts = re.split(r"(\d+)", file.name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
 
 
-def _read_picture(file: Path) -> np.ndarray:
+def _read_image(file: Path) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        with Image.open(file, formats=KINDS) as picture:
-            check_sides(file, picture.height, picture.width)
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            check_frame_size(file, image.height, image.width)
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except InputError:
         raise
-    except Exception as error:  # each of Pillow's readers has its own ways to fail on a damaged file
-        raise InputError(f"{file} is not a readable picture ({reason(error)}); replace or remove it") from error
+    except Exception as error:  # Pillow's decoders raise many exception types for damaged files
+        raise InputError(f"{file} is not a readable image ({reason(error)}); replace or remove it") from error
 
 
-class File:
-    """A video file. Its frames are put on an even grid, so that a variable rate keeps its timing."""
+class VideoFile:
+    """A video file. `native_fps` is the rate of its time grid; `fps` is the rate at which the clip is to be played."""
 
     def __init__(self, path: Path, fps: float | None):
         self.path, self.damage = path, ""
-        self.begin = Fraction(0)  # when the first frame is shown, on the clock that the sound shares
-        with _opened(path) as opened:
-            self.native = _even_rate(*opened)
-        self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native
+        self.begin = Fraction(0)  # timestamp of the first frame in seconds; audio timestamps use the same clock
+        with _open(path) as (container, stream):
+            self.native_fps = _grid_rate(container, stream)
+        self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native_fps
 
-    def shown(self) -> Shown:
-        held, last = None, 0
-        with _opened(self.path) as (container, stream):
-            for count, frame in enumerate(self._decoded(container, stream)):
-                time = count / self.native if frame.pts is None else frame.pts * stream.time_base
-                if held is None:
+    def frames(self) -> Frames:
+        previous, last = None, 0
+        with _open(self.path) as (container, stream):
+            pixel_aspect = _pixel_aspect(stream)
+            for count, frame in enumerate(self._decode(container, stream)):
+                time = count / self.native_fps if frame.pts is None else frame.pts * stream.time_base
+                if previous is None:
                     self.begin = time
                 else:
-                    yield self._slot(time), partial(_upright, held)
-                held, last = frame, self._slot(time)
-            if held is not None:
-                lasting = 0 if self.damage else stream.duration or 0
-                end = ((stream.start_time or 0) + lasting) * stream.time_base
-                yield max(last + 1, self._slot(end)), partial(_upright, held)
+                    yield self._slot(time), partial(_to_rgb, self.path, previous, pixel_aspect)
+                previous, last = frame, self._slot(time)
+            if previous is not None:
+                duration = 0 if self.damage else stream.duration or 0
+                end = ((stream.start_time or 0) + duration) * stream.time_base
+                yield max(last + 1, self._slot(end)), partial(_to_rgb, self.path, previous, pixel_aspect)
 
     def _slot(self, time: Fraction) -> int:
-        return math.floor((time - self.begin) * self.native + Fraction(1, 2))
+        return math.floor((time - self.begin) * self.native_fps + Fraction(1, 2))
 
-    def _decoded(self, container, stream) -> Iterator[av.VideoFrame]:
-        """Frames in the order of showing, as far as nothing is damaged; then says in `damage` what is."""
-        stream.thread_type = "NONE"  # threads decode further than asked, and report damage late or never
-        due, reached = None, Fraction(0)  # what comes later in the file is not shown before `due`
+    def _decode(self, container, stream) -> Iterator[av.VideoFrame]:
+        """The frames in display order, up to the first damaged one. Sets `damage` if there is one."""
+        stream.thread_type = "NONE"  # threads decode further ahead than needed, and report damage late or not at all
+        decode_time, reached = None, Fraction(0)  # packets that follow are displayed at `decode_time` or later
         try:
             for packet in container.demux():
                 if packet.pts is not None:
                     reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream.index != stream.index:
                     continue
-                due = due if packet.dts is None else packet.dts
-                self.damage = _cut_short(container, packet, reached)
+                decode_time = decode_time if packet.dts is None else packet.dts
+                self.damage = _truncation(container, packet, reached)
                 if self.damage:
                     break
                 for frame in packet.decode():
@@ -141,107 +149,123 @@ class File:
                     yield frame
         except FFmpegError as error:
             self.damage = reason(error)
-        if self.damage and due is not None:
-            with suppress(FFmpegError):  # whole frames that the decoder kept back, to put them into order
+        if self.damage and decode_time is not None:
+            with suppress(FFmpegError):  # intact frames that the decoder still holds for reordering
                 for frame in stream.decode(None):
-                    if frame.is_corrupt or frame.pts is None or frame.pts > due:
+                    if frame.is_corrupt or frame.pts is None or frame.pts > decode_time:
                         return
                     yield frame
 
     def audio(self, begin: Fraction, end: Fraction) -> Audio | None:
-        """The sound from `begin` to `end`, in seconds after the first frame; silence where there is none."""
-        if self.fps != self.native:
+        """The audio from `begin` to `end`, in seconds after the first frame. Gaps are filled with silence.
+
+        None if the file has no audio that can be decoded, or if the clip is played at another rate than the file's.
+        """
+        if self.fps != self.native_fps:
             return None
         begin, end = begin + self.begin, end + self.begin
-        if 2 * 4 * HERTZ[-1] * (end - begin) > SOUND:
+        if 2 * 4 * SAMPLE_RATES[-1] * (end - begin) > MAX_AUDIO_BYTES:
             raise InputError(
-                f"the chosen frames of {self.path} last {float(end - begin) / 60:.0f} minutes, too long for their "
-                "sound; ask for fewer frames or a smaller stride, or give fps to leave the sound out"
+                f"the selected frames of {self.path} last {float(end - begin) / 60:.0f} minutes, too long for their "
+                "audio; select fewer frames or a smaller stride, or set fps to leave the audio out"
             )
-        sound, rate = None, 0
-        with suppress(FFmpegError, ValueError):  # sound that breaks off is carried as far as it goes
-            for at, samples, rate in self._heard(end):
-                if sound is None:
-                    sound = np.zeros((len(samples), round((end - begin) * rate)), np.float32)
-                place = round((at - begin) * rate)
-                low, high = max(0, place), min(sound.shape[1], place + samples.shape[1])
+        audio, rate = None, 0
+        with suppress(FFmpegError, ValueError):  # of damaged audio, the part before the damage is used
+            for time, samples, rate in self._decode_audio(end):
+                if audio is None:
+                    audio = np.zeros((len(samples), round((end - begin) * rate)), np.float32)
+                offset = round((time - begin) * rate)
+                low, high = max(0, offset), min(audio.shape[1], offset + samples.shape[1])
                 if low < high:
-                    sound[:, low:high] = samples[:, low - place : high - place]
-        return None if sound is None else Audio(sound, rate, "mono" if len(sound) == 1 else "stereo")
+                    audio[:, low:high] = samples[:, low - offset : high - offset]
+        return None if audio is None else Audio(audio, rate, "mono" if len(audio) == 1 else "stereo")
 
-    def _heard(self, end: Fraction) -> Iterator[tuple[Fraction, np.ndarray, int]]:
-        """(time, samples, rate) until `end`. More than two channels are mixed down: every player has two."""
-        with _opened(self.path) as (container, picture):
+    def _decode_audio(self, end: Fraction) -> Iterator[tuple[Fraction, np.ndarray, int]]:
+        """(time, samples, rate) up to `end`. More than two channels are mixed down to stereo."""
+        with _open(self.path) as (container, video):
             stream = container.streams.best("audio")
             if stream is None or stream.codec_context is None:
                 return
             layout = "mono" if stream.codec_context.channels == 1 else "stereo"
             rate = stream.codec_context.sample_rate
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate if rate in HERTZ else 48000)
-            at = Fraction(0)
-            for packet in container.demux(stream, picture):
-                # The pictures are walked along: a sound that has ended would be looked for in the whole file.
+            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate if rate in SAMPLE_RATES else 48000)
+            time = Fraction(0)
+            # Video packets are demuxed too: where the audio track is shorter, they show that `end` has passed.
+            # Otherwise the whole file would be read.
+            for packet in container.demux(stream, video):
                 if packet.dts is not None and packet.dts * packet.time_base > end + 10:
                     return
                 for frame in packet.decode() if packet.stream.index == stream.index else ():
-                    at = at if frame.pts is None else frame.pts * stream.time_base
-                    if at >= end:
+                    time = time if frame.pts is None else frame.pts * stream.time_base
+                    if time >= end:
                         return
-                    for piece in resampler.resample(frame):
-                        yield at, piece.to_ndarray(), piece.sample_rate
-                        at += Fraction(piece.samples, piece.sample_rate)
+                    for resampled in resampler.resample(frame):
+                        yield time, resampled.to_ndarray(), resampled.sample_rate
+                        time += Fraction(resampled.samples, resampled.sample_rate)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple]:
-    """The container and the stream of its pictures."""
+def _open(path: Path) -> Iterator[tuple]:
+    """The container and its video stream."""
     try:
-        # By protocol, so that a name with a colon or a % is a file's name; what it refers to elsewhere is not fetched.
-        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_pixels": str(PIXELS)}
+        # The `file:` protocol keeps a name with a colon or a % literal. The whitelist keeps the file's content from
+        # loading anything else.
+        options = {"protocol_whitelist": "file", "format_whitelist": ALLOWED_FORMATS, "max_pixels": str(MAX_PIXELS)}
         container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except (FFmpegError, OSError) as error:
-        why = "is not a video, or is cut off" if path.stat().st_size else "is empty"
-        raise InputError(f"{path} {why} ({reason(error)}); give a whole video file") from error
+        problem = "is not a video, or is truncated" if path.stat().st_size else "is empty"
+        raise InputError(f"{path} {problem} ({reason(error)}); use a complete video file") from error
     with container:
         stream = container.streams.best("video")
-        # An album's cover is no video.
+        # The cover image of an audio file is not a video.
         if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
-            raise InputError(f"{path} has no picture in it, only {kinds or 'nothing'}; give a video")
+            raise InputError(f"{path} has no video stream, only {kinds or 'nothing'}; use a video")
         if stream.codec_context is None or not stream.time_base:
-            raise InputError(f"{path} is not a video that FFmpeg decodes; give an MP4, MOV, WebM, MKV or GIF file")
-        check_sides(path, stream.height, stream.width)
-        # What the pictures themselves claim may differ from what the file says of them.
-        stream.codec_context.options = {"max_pixels": str(PIXELS)}
+            raise InputError(f"{path} is not a video that FFmpeg decodes; use an MP4, MOV, WebM, MKV or GIF file")
+        check_frame_size(path, stream.height, stream.width)
+        # The encoded frames may be larger than the container's header says.
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, stream
 
 
-def _even_rate(container, stream) -> Fraction:
-    """The average, unless FFmpeg finds a somewhat higher even rate that most frames keep, as where there is a pause.
+def _grid_rate(container, stream) -> Fraction:
+    """Slots per second: FFmpeg's average rate, or its guess of a constant rate that most frames follow.
 
-    What it finds is not the frames' own where it is about double the average or more: it counts fields, or clock ticks.
-    Of a GIF, whose clock ticks 100 times a second, its average is that of the first frames, or of one long pause.
+    The guess is used where it is somewhat higher than the average, as in a clip with a pause. At about double the
+    average or more it counts fields or clock ticks instead of frames. In a GIF, whose clock ticks 100 times per second,
+    the average covers only the first frames or one long pause, so the guess is used up to 50.
     """
     rates = stream.average_rate, stream.guessed_rate
-    average, even = (rate if rate and SLOWEST <= rate <= FASTEST else None for rate in rates)
-    if average and even:
-        found = even <= 50 if container.format.name == "gif" else 1.02 < even / average < 1.9
-        return Fraction(even if found else average)
-    return Fraction(average or even or 25)
+    average, guess = (rate if rate and MIN_FPS <= rate <= MAX_FPS else None for rate in rates)
+    if average and guess:
+        use_guess = guess <= 50 if container.format.name == "gif" else 1.02 < guess / average < 1.9
+        return Fraction(guess if use_guess else average)
+    return Fraction(average or guess or 25)
 
 
-def _cut_short(container, packet, reached: Fraction) -> str:
-    """Why the file has no more than this packet: Matroska and WebM end without an error."""
-    lasting = Fraction(container.duration or 0, av.time_base)
-    if packet.size == 0 and "matroska" in container.format.name and reached + 1 < lasting:
-        return f"it ends at {float(reached):.1f} of {float(lasting):.1f} s"
-    return "a frame is cut off" if packet.is_corrupt else ""
+def _truncation(container, packet, reached: Fraction) -> str:
+    """Why the file ends at this packet, or "". FFmpeg reports no error where a Matroska or WebM file is truncated."""
+    duration = Fraction(container.duration or 0, av.time_base)
+    if packet.size == 0 and "matroska" in container.format.name and reached + 1 < duration:
+        return f"it ends at {float(reached):.1f} of {float(duration):.1f} s"
+    return "a frame is truncated" if packet.is_corrupt else ""
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB, turned as the file says that it should be shown."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+def _pixel_aspect(stream) -> Fraction:
+    """Width ÷ height of a pixel; 1 where the file gives none or an absurd one."""
+    aspect = stream.sample_aspect_ratio or 1
+    return Fraction(aspect if Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT else 1)
+
+
+def _to_rgb(path: Path, frame: av.VideoFrame, pixel_aspect: Fraction) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB with square pixels, rotated upright. The stored width is scaled by the pixel aspect, before the rotation."""
+    width = max(1, round(frame.width * pixel_aspect))
+    check_frame_size(path, frame.height, width)
+    scaling = {} if width == frame.width else {"width": width, "interpolation": "BICUBIC"}
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **scaling), round(frame.rotation / 90)))
 
 
 def reason(error: Exception) -> str:
+    """The error's message without its number and file name, in lower case."""
     return (getattr(error, "strerror", None) or str(error)).strip().lower()

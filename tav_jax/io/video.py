@@ -1,7 +1,6 @@
-"""Clips in and out: choose frames, crop or stretch, carry the sound, write MP4 and GIF. `sources.py` decodes.
+"""Clips: load frames and audio from a video, save them as MP4 or GIF, and put several clips side by side.
 
-Frames are uint8 `[F, H, W, 3]`, upright, in the order in which they are shown. A source is an even grid of slots, one
-picture each; `start` and `stride` count slots.
+Frames are uint8 RGB `[F, H, W, 3]`, upright, with square pixels, in display order. `decoding.py` reads the files.
 """
 
 import errno
@@ -22,41 +21,42 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from tav_jax.config import check_choice, check_size
 from tav_jax.distributed import processes
 from tav_jax.errors import InputError, MissingError, short_repr
-from tav_jax.io.decoding import FASTEST, LARGEST, SLOWEST, Audio, File, Folder, check_sides, reason
+from tav_jax.io import decoding
+from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, ImageDirectory, VideoFile
 
-SIDE = 4  # no Stable Diffusion's VAE divides a side by less; the model checks its own factor
-MEMORY = 4 << 30  # bytes of chosen frames
-LONGEST = 100_000  # chosen frames, however small
-GIF_STILL = 65_535  # hundredths of a second that a GIF can show a picture
+MAX_BYTES = 4 << 30  # of all selected frames
+MAX_FRAMES = 100_000
+MAX_GIF_DELAY = 65_535  # hundredths of a second
 Fit = Literal["crop", "stretch"]
 
-__all__ = ["Audio", "Clip", "load_video"]
+__all__ = ["Audio", "Clip", "Edit", "load_video", "side_by_side"]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Chosen frames. `fps` is how fast they play at the source's own speed; `audio` covers just their seconds."""
+    """The frames of a clip. At `fps` they play at the source's speed. `audio` covers exactly their duration."""
 
     frames: UInt8[np.ndarray, "F H W 3"]
     fps: float
     audio: Audio | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write an MP4 (H.264 and AAC, plays in a browser) or a GIF, by the name's suffix."""
+        """Write an MP4 (H.264 and AAC, which browsers play) or a GIF, by the suffix of the path."""
         path = Path(path).expanduser()
         write = {".mp4": _write_mp4, ".gif": _write_gif}.get(path.suffix.lower())
         if write is None:
-            raise InputError(f"{path.name!r} has the suffix {path.suffix!r}; clips are written as .mp4 or .gif")
+            raise InputError(f"{path.name!r} has the suffix {path.suffix!r}; use .mp4 or .gif")
         if os.path.isdir(path):
-            raise InputError(f"{path} is a folder; give the name of a file to write")
+            raise InputError(f"{path} is a directory; use the name of a file")
         if not len(self.frames):
-            raise InputError(f"the clip for {path} has 0 frames; give it 1 or more")
-        check_sides(path, *self.frames.shape[1:3])
-        if not SLOWEST <= self.fps <= FASTEST:
-            raise InputError(f"fps is {self.fps!r}; clips are written at {float(SLOWEST)} to {FASTEST} frames a second")
-        # Written beside its final place, so that a full disk or a kill leaves no half file under that name.
+            raise InputError(f"the clip for {path} has 0 frames; save 1 or more")
+        decoding.check_frame_size(path, *self.frames.shape[1:3])
+        if not MIN_FPS <= self.fps <= MAX_FPS:
+            raise InputError(f"fps is {self.fps!r}; it must be between {float(MIN_FPS)} and {MAX_FPS} to save a clip")
+        # Written to a temporary file first, so that an error never leaves an incomplete file at `path`.
         scratch = path.with_name(f".{path.stem[:50]}.{uuid.uuid4().hex[:8]}{path.suffix.lower()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ class Clip:
             os.replace(scratch, path)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            mend = "free some space there" if full else "choose a folder that may be written"
-            raise InputError(f"{path} could not be written ({reason(error)}); {mend}") from error
+            fix = "free some space there" if full else "choose a directory with write permission"
+            raise InputError(f"{path} could not be written ({decoding.reason(error)}); {fix}") from error
         finally:
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
@@ -74,36 +74,18 @@ class Clip:
 
 @dataclass(frozen=True)
 class Edit(Clip):
-    """A sampled clip, with the fps and the sound of its source."""
+    """A sampled clip, with the fps and the audio of its source clip."""
 
     prompt: str = ""
     latents: Any = None  # [1, F, h, w, 4]
-    trajectory: Any = None  # the latents after each step, [steps, 1, F, h, w, 4], where they were asked for
+    trajectory: Any = None  # the latents after each step, [steps, 1, F, h, w, 4], if requested
 
     def save(self, path: str | Path) -> Path:
-        """Write an MP4 or a GIF, by the suffix. Of several processes the first one writes."""
+        """Write an MP4 or a GIF, by the suffix. In a multi-process run only the primary process writes."""
         return super().save(path) if processes.is_primary() else Path(path)
 
 
-def _fetched(url: str, folder: Path) -> Path:
-    """A clip in a bucket, or a folder of pictures there, as one on this machine."""
-    from etils import epath  # heavy, and needed only here
-
-    try:
-        source = epath.Path(url)
-        target = folder / source.name
-        if source.is_dir():
-            target.mkdir()
-            for file in source.iterdir():
-                if not file.is_dir():
-                    file.copy(target / file.name)
-            return target
-        if source.exists():
-            source.copy(target)
-            return target
-    except Exception as error:  # each kind of bucket fails in its own ways: no client, no permission, no network
-        raise MissingError(f"{url} cannot be read from here ({error}); `tav doctor` says what buckets need") from error
-    raise MissingError(f"{url} does not exist; give a video file or a folder of pictures")
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 def load_video(
@@ -116,119 +98,145 @@ def load_video(
     fit: Fit = "crop",
     fps: float | None = None,
 ) -> Clip:
-    """Frames `start`, `start + stride`, … of a video or of a folder of pictures.
+    """Load frames `start`, `start + stride`, … of a video file or of a directory of images.
 
-    `frames=None` takes all that fit. `size` is (height, width); by default the source's own, cropped to multiples of 8.
-    `fit="crop"` keeps the proportions and cuts evenly from two sides; `"stretch"` distorts, as the official code does.
-    `fps` overrides the source's rate, for a folder of pictures above all; a video at another speed loses its sound.
-    Of a damaged file, what lies before the damage can be had by its number of `frames`. The path may be in a bucket.
+    Args:
+        path: a local path or a bucket URL.
+        frames: how many frames to load; by default all up to the end. In a damaged file, those before the damage load.
+        size: (height, width) of the result; by default the display size of the source, cropped to multiples of 8.
+        start: index of the first frame.
+        stride: distance between two frames. The clip's fps is the source's fps ÷ stride.
+        fit: "crop" keeps the aspect ratio and crops the center; "stretch" changes it, as the official code does.
+        fps: replaces the frame rate of the source, which for a directory of images is 8. The audio is dropped if it
+            differs from the rate of the file.
     """
     _check_request(frames, size, start, stride, fit, fps)
     if "://" in str(path):
         with tempfile.TemporaryDirectory(prefix="tav_jax_clip_") as scratch:
-            local = _fetched(str(path), Path(scratch))
+            local = _download(str(path), Path(scratch))
             return load_video(local, frames=frames, size=size, start=start, stride=stride, fit=fit, fps=fps)
-    if "\0" in str(path):
-        raise InputError(f"the path {short_repr(str(path))} has a NUL in it; give a file's name")
-    path = Path(path).expanduser()
-    if not os.path.exists(path):
-        raise MissingError(f"{path} does not exist; give a video file or a folder of pictures")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} may not be read; change its permissions or give another one")
-    if not path.is_dir() and not path.is_file():
-        raise InputError(f"{path} is a pipe or a device; give a video file or a folder of pictures")
-    source = Folder(path, fps) if path.is_dir() else File(path, fps)
-    if source.fps / stride < SLOWEST:
+    path = _check_path(path)
+    source = ImageDirectory(path, fps) if path.is_dir() else VideoFile(path, fps)
+    if source.fps / stride < MIN_FPS:
         raise InputError(
-            f"{path} has {float(source.fps):.3g} frames a second, so that stride={stride} plays less than one in "
-            f"{1 / SLOWEST} seconds; use stride={max(1, int(source.fps / SLOWEST))} or less, or give a higher fps"
+            f"{path} has {float(source.fps):.3g} frames per second, so stride={stride} gives less than one in "
+            f"{1 / MIN_FPS} seconds; use stride={max(1, int(source.fps / MIN_FPS))} or less, or a higher fps"
         )
-    chosen, have, wanted, first = [], 0, start, None
-    with closing(source.shown()) as shown:
-        for end, read in shown:
-            have = max(have, end)
+    selected, available, wanted, shape = [], 0, start, None
+    with closing(source.frames()) as decoded:
+        for end, read in decoded:
+            available = max(available, end)
             if wanted >= end:
                 continue
-            picture = read()
-            first = first or picture.shape
-            if size is None and picture.shape != first:
-                sizes = f"{first[0]}×{first[1]} and {picture.shape[0]}×{picture.shape[1]}"
-                raise InputError(f"the frames of {path} differ in size ({sizes}); give size=(height, width)")
-            picture = _fit(picture, size, fit)
-            while wanted < end and len(chosen) != frames:
-                chosen.append(picture)
+            frame = read()
+            shape = shape or frame.shape
+            if size is None and frame.shape != shape:
+                sizes = f"{shape[0]}×{shape[1]} and {frame.shape[0]}×{frame.shape[1]}"
+                raise InputError(f"the frames of {path} differ in size ({sizes}); set size=(height, width)")
+            frame = _resize(frame, size, fit)
+            while wanted < end and len(selected) != frames:
+                selected.append(frame)
                 wanted += stride
-                _check_memory(path, picture.nbytes * (frames or len(chosen)))
-                if len(chosen) > LONGEST:
-                    raise InputError(f"{path} has more than {LONGEST} frames to choose; say how many with frames=")
-            if len(chosen) == frames:
+                _check_memory(path, frame.nbytes * (frames or len(selected)))
+                if len(selected) > MAX_FRAMES:
+                    raise InputError(f"{path} has more than {MAX_FRAMES} frames to load; set frames to limit them")
+            if len(selected) == frames:
                 break
-    if not chosen or (frames is not None and len(chosen) < frames):
-        raise InputError(_too_short(path, have, source.damage, frames or 1, start, stride))
+    if not selected or (frames is not None and len(selected) < frames):
+        raise InputError(_too_short(path, available, source.damage, frames or 1, start, stride))
     if frames is None and source.damage:
         raise InputError(
-            f"{path} is damaged after frame {have - 1} ({source.damage}); "
-            f"give a whole file, or frames={len(chosen)} to take what comes before"
+            f"{path} is damaged after frame {available - 1} ({source.damage}); "
+            f"use a complete file, or frames={len(selected)} to load the frames before the damage"
         )
-    sound = source.audio(start / source.fps, (start + len(chosen) * stride) / source.fps)
-    return Clip(np.stack(chosen), float(source.fps / stride), sound)
+    audio = source.audio(start / source.fps, (start + len(selected) * stride) / source.fps)
+    return Clip(np.stack(selected), float(source.fps / stride), audio)
 
 
 def _check_request(frames, size, start, stride, fit, fps) -> None:
     counts = (("frames", 1 if frames is None else frames, 1), ("start", start, 0), ("stride", stride, 1))
     for name, value, least in counts:
-        if not _whole(value) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise InputError(f"{name} is {short_repr(value)}; it must be a whole number, {least} or more")
-    if size is not None and (not isinstance(size, tuple | list) or len(size) != 2):
-        raise InputError(f"size is {short_repr(size)}; it must be (height, width)")
-    for name, side in zip(("height", "width"), size or (), strict=False):
-        if not _whole(side) or side > LARGEST:
-            raise InputError(f"{name} is {short_repr(side)}; it must be a multiple of 8, at most {LARGEST}")
-        if side < SIDE or side % SIDE:
-            below = max(side, 0) // 8 * 8
-            raise InputError(f"{name} {side} is not a multiple of 8; use {f'{below} or ' if below else ''}{below + 8}")
-    if fit not in ("crop", "stretch"):
-        raise InputError(f"fit is {short_repr(fit)}; it must be 'crop' or 'stretch'")
+    if size is not None:
+        if not isinstance(size, tuple | list) or len(size) != 2:
+            raise InputError(f"size is {short_repr(size)}; it must be (height, width)")
+        check_size(*size, most=MAX_FRAME_SIDE)
+    check_choice("clip.fit", fit)
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float | Fraction) or not 0 < fps < 1000):
         raise InputError(f"fps is {short_repr(fps)}; it must be above 0 and below 1000")
 
 
-def _whole(value) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _check_path(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise InputError(f"the path {short_repr(str(path))} contains a NUL character; use the name of a file")
+    path = Path(path).expanduser()
+    if not os.path.exists(path):
+        raise MissingError(f"{path} does not exist; use a video file or a directory of images")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} is not readable; change its permissions or use another file")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is a pipe or a device; use a video file or a directory of images")
+    return path
+
+
+def _download(url: str, directory: Path) -> Path:
+    """Copy a video file, or a directory of images, from a bucket into a local directory."""
+    from etils import epath  # imports slowly
+
+    try:
+        source = epath.Path(url)
+        target = directory / source.name
+        if source.is_dir():
+            target.mkdir()
+            for file in source.iterdir():
+                if not file.is_dir():
+                    file.copy(target / file.name)
+            return target
+        if source.exists():
+            source.copy(target)
+            return target
+    except Exception as error:  # the exception depends on the bucket's client: import, permission or network errors
+        raise MissingError(f"{url} cannot be read ({error}); run `tav doctor` to see what buckets need") from error
+    raise MissingError(f"{url} does not exist; use a video file or a directory of images")
 
 
 def _check_memory(path: Path, needed: int) -> None:
-    if needed > MEMORY:
+    if needed > MAX_BYTES:
         raise InputError(
-            f"what is asked of {path} fills {needed / 2**30:.1f} GiB, more than {MEMORY / 2**30:.1f}; "
-            "ask for fewer frames or a smaller size"
+            f"the selected frames of {path} take {needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:.1f}; "
+            "use fewer frames or a smaller size"
         )
 
 
-def _too_short(path: Path, have: int, damage: str, frames: int, start: int, stride: int) -> str:
-    """How many frames there are, and each single change that would do."""
+def _too_short(path: Path, available: int, damage: str, frames: int, start: int, stride: int) -> str:
+    """The error message for too few frames, with each change of a single argument that would work."""
     until = f" before it is damaged ({damage})" if damage else ""
-    if have == 0:
-        return f"{path} has no frame that can be decoded{until}; give a whole video"
+    if available == 0:
+        return f"{path} has no frame that can be decoded{until}; use a complete video"
     reach = (frames - 1) * stride
-    mends = []
-    if frames > 1 and (closer := (have - 1 - start) // (frames - 1)) >= 1:
-        mends.append(f"stride={closer}")
-    if start > 0 and reach < have:
-        mends.append(f"start={have - 1 - reach}")
-    if start < have:
-        mends.append(f"frames={-(-(have - start) // stride)}")
+    fixes = []
+    if frames > 1 and (closer := (available - 1 - start) // (frames - 1)) >= 1:
+        fixes.append(f"stride={closer}")
+    if start > 0 and reach < available:
+        fixes.append(f"start={available - 1 - reach}")
+    if start < available:
+        fixes.append(f"frames={-(-(available - start) // stride)}")
     return (
-        f"{path} has {have} frame{'s' * (have > 1)}{until}; frames={frames}, start={start} and stride={stride} need "
-        f"{start + reach + 1}: use {' or '.join(mends) or f'start=0, stride=1 and frames={min(frames, have)}'}"
+        f"{path} has {available} frame{'s' * (available > 1)}{until}; frames={frames}, start={start} and "
+        f"stride={stride} need {start + reach + 1}: use "
+        f"{' or '.join(fixes) or f'start=0, stride=1 and frames={min(frames, available)}'}"
     )
 
 
-def _fit(frame: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> UInt8[np.ndarray, "H W 3"]:
+def _resize(
+    frame: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None, fit: Fit
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Crop to multiples of 8 (no size), crop the center and resize ("crop"), or resize only ("stretch")."""
     h, w, _ = frame.shape
     if size is None:
         if min(h, w) < 8:
-            raise InputError(f"the frames are {h}×{w} pixels, less than 8 on a side; give size=(height, width)")
+            raise InputError(f"the frames are {h}×{w} pixels, less than 8 on a side; set size=(height, width)")
         height, width = h // 8 * 8, w // 8 * 8
         top, left = (h - height) // 2, (w - width) // 2
         return frame[top : top + height, left : left + width]
@@ -236,52 +244,52 @@ def _fit(frame: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> UInt8[np.
     if (h, w) == (height, width):
         return frame
     box = (0, 0, w, h)
-    if fit == "crop":  # the largest centred box of the wanted proportions
-        across, down = min(w, h * width / height), min(h, w * height / width)
-        box = ((w - across) / 2, (h - down) / 2, (w + across) / 2, (h + down) / 2)
+    if fit == "crop":  # the largest centered box with the aspect ratio of `size`
+        box_width, box_height = min(w, h * width / height), min(h, w * height / width)
+        box = ((w - box_width) / 2, (h - box_height) / 2, (w + box_width) / 2, (h + box_height) / 2)
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-# --------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------------------- saving
 
-# With several threads the encoder was seen to write the same pictures in two ways, in processes that had and had not
-# compiled something before.
+# With several threads, the encoder's output was seen to differ between processes for the same frames.
 ONE_THREAD = {"x264-params": "threads=1"}
 
 
 def _write_mp4(path: Path, clip: Clip) -> None:
     h, w = clip.frames.shape[1:3]
     rate = Fraction(clip.fps).limit_denominator(100_000)
-    # The file's own clock: a multiple of the rate, so that the clip lasts exactly as long as it should, and fine enough
-    # for sound.
-    clock = rate.numerator * -(-100_000 // rate.numerator)
-    options = {"movflags": "+faststart", "movie_timescale": str(clock)}
+    # The time scale of the file is a multiple of the frame rate, so that the duration is exact, and fine enough for
+    # the audio.
+    timescale = rate.numerator * -(-100_000 // rate.numerator)
+    options = {"movflags": "+faststart", "movie_timescale": str(timescale)}
     with av.open(f"file:{path}", "w", options=options) as container:
         options = {"crf": "16", "preset": "medium", **ONE_THREAD}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height = w + w % 2, h + h % 2  # H.264 with halved colours takes even sides only
-        stream.pix_fmt = "yuv420p"
-        # Said in the file, since players guess from the picture's size otherwise.
-        context = stream.codec_context
+        video = container.add_stream("libx264", rate=rate, options=options)
+        video.width, video.height = w + w % 2, h + h % 2  # H.264 with 4:2:0 chroma needs even sides
+        video.pix_fmt = "yuv420p"
+        # Players guess the color space from the frame size if the file does not specify it.
+        context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-        sound = None
+        audio = None
         if clip.audio:
-            known = clip.audio.rate in (av.Codec("aac", "w").audio_rates or ())
-            sound = container.add_stream("aac", rate=clip.audio.rate if known else 48000, layout=clip.audio.layout)
-        for index, picture in enumerate(clip.frames):
-            padded = np.pad(picture, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+            supported = clip.audio.rate in (av.Codec("aac", "w").audio_rates or ())
+            audio = container.add_stream("aac", rate=clip.audio.rate if supported else 48000, layout=clip.audio.layout)
+        for index, image in enumerate(clip.frames):
+            padded = np.pad(image, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
-            if sound and clip.audio and (piece := _piece(clip.audio, index / rate, (index + 1) / rate)):
-                container.mux(sound.encode(piece))
-        container.mux(stream.encode())
-        if sound:
-            container.mux(sound.encode())
+            container.mux(video.encode(frame))
+            # Muxing the audio of each frame with it interleaves the two streams and ends both together.
+            if audio and clip.audio and (samples := _audio_frame(clip.audio, index / rate, (index + 1) / rate)):
+                container.mux(audio.encode(samples))
+        container.mux(video.encode())
+        if audio:
+            container.mux(audio.encode())
 
 
-def _piece(audio: Audio, begin: Fraction, end: Fraction) -> av.AudioFrame | None:
-    """One picture's sound: muxed with it, both lie side by side in the file and end together."""
+def _audio_frame(audio: Audio, begin: Fraction, end: Fraction) -> av.AudioFrame | None:
+    """The samples between two times in seconds; None if there are none."""
     low = round(begin * audio.rate)
     samples = np.ascontiguousarray(audio.samples[:, low : round(end * audio.rate)], np.float32)
     if not samples.size:
@@ -292,8 +300,8 @@ def _piece(audio: Audio, begin: Fraction, end: Fraction) -> av.AudioFrame | None
 
 
 def _write_gif(path: Path, clip: Clip) -> None:
-    # GIF counts in hundredths of a second, and players slow down a frame of less than two: spread the rounding, and
-    # leave out frames that come too fast, so that the whole clip lasts as long as it should.
+    # GIF delays are hundredths of a second, and players slow down delays below two. Times are rounded, not delays, and
+    # frames that follow too fast are dropped, so that the total duration is right.
     total = max(2, round(100 * len(clip.frames) / clip.fps))
     kept, begins = [0], [0]
     for index in range(1, len(clip.frames)):
@@ -301,42 +309,40 @@ def _write_gif(path: Path, clip: Clip) -> None:
         if begins[-1] + 2 <= begin <= total - 2:
             kept.append(index)
             begins.append(begin)
-    if total > GIF_STILL:  # like pictures in a row become one that is shown as long as all of them
-        still = 0
-        for index, (begin, end) in enumerate(pairwise([*begins, total])):
-            same = index and np.array_equal(clip.frames[kept[index]], clip.frames[kept[index - 1]])
-            still = end - begin + (still if same else 0)
-            if still > GIF_STILL:
-                raise InputError(
-                    f"a picture stands still for over {GIF_STILL // 100} s, too long for a GIF; write .mp4"
-                )
-    lasting = [10 * (end - begin) for begin, end in pairwise([*begins, total])]
-    duration = lasting if len(kept) > 1 else total * 10  # Pillow wants no list for a single picture
+    delays = [end - begin for begin, end in pairwise([*begins, total])]
+    unchanged = 0  # Pillow merges equal consecutive frames and adds their delays
+    for i, delay in enumerate(delays if total > MAX_GIF_DELAY else ()):
+        same = i > 0 and np.array_equal(clip.frames[kept[i]], clip.frames[kept[i - 1]])
+        unchanged = delay + (unchanged if same else 0)
+        if unchanged > MAX_GIF_DELAY:
+            most = MAX_GIF_DELAY // 100
+            raise InputError(f"a frame is shown for more than {most} s, too long for a GIF; write .mp4 instead")
+    duration = [10 * delay for delay in delays] if len(kept) > 1 else total * 10  # Pillow takes no list for one frame
     path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=duration, loop=0))
 
 
-# ------------------------------------------------------------------------------------------------------ side by side
+# --------------------------------------------------------------------------------------------------------- side by side
 
 GAP = 8  # white pixels between the columns
 
 
 def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:
-    """The source and the edits next to each other, each under its prompt."""
+    """One clip with the source and the edits in columns, each below its prompt."""
     columns = [(prompt or "source", source.frames), *((e.prompt or "(empty prompt)", e.frames) for e in edits)]
     height, width = source.frames.shape[1:3]
     captions = [caption(text, width) for text, _ in columns]
-    tallest = max(c.shape[0] for c in captions)
+    top = max(image.shape[0] for image in captions)
     step = width + GAP
-    canvas = np.full((len(source.frames), tallest + height, step * len(columns) - GAP, 3), 255, np.uint8)
-    for i, (words, (_, video)) in enumerate(zip(captions, columns, strict=True)):
-        across = slice(i * step, i * step + width)
-        canvas[:, : words.shape[0], across] = words
-        canvas[:, tallest:, across] = video
+    canvas = np.full((len(source.frames), top + height, step * len(columns) - GAP, 3), 255, np.uint8)
+    for i, (text, (_, frames)) in enumerate(zip(captions, columns, strict=True)):
+        column = slice(i * step, i * step + width)
+        canvas[:, : text.shape[0], column] = text
+        canvas[:, top:, column] = frames
     return Clip(canvas, source.fps, source.audio)
 
 
-def caption(text: str, width: int, lines: int = 4) -> np.ndarray:
-    """Text on white, wrapped to the width and cut after a few lines."""
+def caption(text: str, width: int, lines: int = 4) -> UInt8[np.ndarray, "h w 3"]:
+    """An image of black text on white, wrapped to the width and truncated after some lines."""
     font = ImageFont.load_default(max(9, width // 20))
     words, rows = " ".join(text.split()).split(" "), [""]
     for word in words:
@@ -347,9 +353,9 @@ def caption(text: str, width: int, lines: int = 4) -> np.ndarray:
             rows.append(word)
     if len(rows) > lines:
         rows = [*rows[: lines - 1], rows[lines - 1] + " …"]
-    line = font.size + 4  # pyright: ignore[reportAttributeAccessIssue]
-    picture = Image.new("RGB", (width, int(line * len(rows)) + 8), "white")
-    draw = ImageDraw.Draw(picture)
+    line_height = font.size + 4  # pyright: ignore[reportAttributeAccessIssue]
+    image = Image.new("RGB", (width, int(line_height * len(rows)) + 8), "white")
+    draw = ImageDraw.Draw(image)
     for i, row in enumerate(rows):
-        draw.text((4, 4 + i * line), row, fill="black", font=font)
-    return np.asarray(picture)
+        draw.text((4, 4 + i * line_height), row, fill="black", font=font)
+    return np.asarray(image)
