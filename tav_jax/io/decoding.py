@@ -262,8 +262,10 @@ def _to_rgb(path: Path, frame: av.VideoFrame, pixel_aspect: Fraction) -> UInt8[n
     """RGB with square pixels, rotated upright. The stored width is scaled by the pixel aspect, before the rotation."""
     width = max(1, round(frame.width * pixel_aspect))
     check_frame_size(path, frame.height, width)
-    scaling = {} if width == frame.width else {"width": width, "interpolation": "BICUBIC"}
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **scaling), round(frame.rotation / 90)))
+    image = frame.to_ndarray(format="rgb24")
+    if width != frame.width:
+        image = np.asarray(Image.fromarray(image).resize((width, frame.height), Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
 def reason(error: Exception) -> str:
