@@ -1,4 +1,4 @@
-"""What holds for every prompt, every choice of frames and every config, whoever wrote it."""
+"""Properties that hold for every prompt, every selection of frames and every config, tested with random values."""
 
 import json
 import re
@@ -15,10 +15,11 @@ from tav_jax import config
 from tav_jax.cli import edit
 from tav_jax.errors import InputError, TavError, join_names, short_repr
 from tav_jax.io.diffusers_layout import text_config, unet_config, vae_config
-from tav_jax.io.video import load_video
+from tav_jax.io.video import caption, load_video
+from tav_jax.training import run_directory
 from tav_jax.training.run_directory import RunDirectory, file_names
 
-steady = settings(
+deterministic = settings(
     derandomize=True, database=None, deadline=None, max_examples=120, suppress_health_check=list(HealthCheck)
 )
 PROMPTS = st.one_of(
@@ -32,7 +33,7 @@ PROMPTS = st.one_of(
 
 
 def outcome(call, *args, **options):
-    """What a call gives and None, or None and the one line with which it refuses."""
+    """(result, None) of a call, or (None, message) if it raises a TavError."""
     try:
         return call(*args, **options), None
     except TavError as error:
@@ -42,94 +43,92 @@ def outcome(call, *args, **options):
 # --------------------------------------------------------------------------------------------------------- prompts
 
 
-@steady
+@deterministic
 @given(st.lists(PROMPTS, min_size=1, max_size=8))
-def test_no_prompt_leads_out_of_its_folder_or_over_another(tmp_path_factory, texts):
+def test_file_names_are_safe_and_unique(tmp_path_factory, texts):
     names = file_names(texts)
     root = tmp_path_factory.getbasetemp()
     for name in names:
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
         assert len(name) <= 101
         assert name.split("-")[0] == name or name not in ("con", "nul")
-        assert not re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", name)  # devices on Windows, whatever the suffix
+        assert not re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", name)  # devices on Windows, with any suffix
         assert (root / f"{name}.mp4").resolve().parent == root.resolve()
     assert len(set(names)) == len(set(texts))
     assert file_names(texts) == names
 
 
-def test_a_prompt_that_spells_out_anothers_name_gets_one_of_its_own():
+def test_a_prompt_equal_to_another_file_name_gets_its_own():
     texts = ["a b", "a, b"]
     for _ in range(3):
         names = file_names(texts)
         assert len(set(names)) == len(texts)
-        texts.append(names[-1])  # the very name that another has
+        texts.append(names[-1])  # the file name of another prompt
 
 
-def test_prompts_whose_short_digests_are_alike_differ(monkeypatch):
-    from tav_jax.io import tokenizer
-
-    class Alike:
+def test_prompts_with_equal_short_digests_have_different_names(monkeypatch):
+    class EqualDigest:
         def __init__(self, data):
             self.data = data
 
         def hexdigest(self):
             return "0" * 8 + self.data.hex().ljust(56, "f")
 
-    monkeypatch.setattr(tokenizer.hashlib, "sha256", Alike)
+    monkeypatch.setattr(run_directory.hashlib, "sha256", EqualDigest)
     assert len(set(file_names(["🎿", "⛷", "..."]))) == 3
 
 
-@steady
+@deterministic
 @given(st.lists(PROMPTS, min_size=1, max_size=4, unique=True), st.lists(st.integers(0, 99), min_size=1, max_size=3))
-def test_no_two_videos_of_an_edit_share_a_name(texts, seeds):
-    targets = [name for _, _, name in edit._targets(texts, seeds, ".mp4")]
-    targets += [file_names(["side by side " + ", ".join(texts)])[0] + ".mp4"]
-    assert len(set(targets)) == len(targets)
+def test_all_videos_of_an_edit_have_different_names(texts, seeds):
+    names = [name for _, _, name in edit._outputs(texts, seeds, ".mp4")]
+    names += [file_names(["side by side " + ", ".join(texts)])[0] + ".mp4"]
+    assert len(set(names)) == len(names)
 
 
-@steady
+@deterministic
 @given(st.text(st.characters(), max_size=300))
 @example("x" * 10_000)
 @example("\ud800\0\u202e")
-def test_every_prompt_can_be_a_caption(text):
-    assert edit.caption(text, 64).shape[1:] == (64, 3)
+def test_every_prompt_can_be_drawn_as_a_caption(text):
+    assert caption(text, 64).shape[1:] == (64, 3)
 
 
-@steady
+@deterministic
 @given(st.recursive(st.none() | st.text(st.characters()) | st.integers() | st.floats(), st.lists, max_leaves=200))
-def test_a_sentence_holds_any_value_on_one_short_line(value):
-    for said in (short_repr(value), join_names([str(value)] * 30)):
-        assert said.isprintable() or not str(value).isprintable()
-        assert "\n" not in said
-        assert len(said) < 2000
+def test_any_value_is_one_short_line_in_an_error_message(value):
+    for text in (short_repr(value), join_names([str(value)] * 30)):
+        assert text.isprintable() or not str(value).isprintable()
+        assert "\n" not in text
+        assert len(text) < 2000
 
 
 # ----------------------------------------------------------------------------------------------------------- frames
 
 
 @pytest.fixture(scope="module")
-def stills(tmp_path_factory) -> Path:
-    """Thirty pictures of which each has its number as its colour."""
-    folder = tmp_path_factory.mktemp("stills")
+def images(tmp_path_factory) -> Path:
+    """A directory of thirty images; the grey value of each is 8 times its number."""
+    directory = tmp_path_factory.mktemp("images")
     for i in range(30):
-        Image.fromarray(np.full((8, 8, 3), 8 * i, np.uint8)).save(folder / f"{i}.png")
-    return folder
+        Image.fromarray(np.full((8, 8, 3), 8 * i, np.uint8)).save(directory / f"{i}.png")
+    return directory
 
 
-@steady
+@deterministic
 @given(start=st.integers(0, 35), stride=st.integers(1, 40), frames=st.none() | st.integers(1, 35))
-def test_the_frames_are_those_of_the_formula(stills, start, stride, frames):
+def test_start_stride_and_frames_select_as_a_slice(images, start, stride, frames):
     expected = list(range(start, 30, stride))[:frames]
     if not expected or (frames is not None and len(expected) < frames):
         with pytest.raises(InputError):
-            load_video(stills, start=start, stride=stride, frames=frames)
+            load_video(images, start=start, stride=stride, frames=frames)
     else:
-        clip = load_video(stills, start=start, stride=stride, frames=frames)
+        clip = load_video(images, start=start, stride=stride, frames=frames)
         assert (clip.frames[:, 0, 0, 0] // 8).tolist() == expected
         assert clip.fps == pytest.approx(8 / stride)
 
 
-@steady
+@deterministic
 @given(
     st.fixed_dictionaries(
         {},
@@ -142,9 +141,9 @@ def test_the_frames_are_those_of_the_formula(stills, start, stride, frames):
         },
     )
 )
-def test_any_request_gives_a_clip_or_a_sentence(stills, request_of):
-    clip, refused = outcome(load_video, stills, **request_of)
-    assert refused.isprintable() if clip is None else 0 < len(clip.frames) <= 30
+def test_any_arguments_give_a_clip_or_an_error_message(images, options):
+    clip, message = outcome(load_video, images, **options)
+    assert message.isprintable() if clip is None else 0 < len(clip.frames) <= 30
 
 
 # ---------------------------------------------------------------------------------------------------------- configs
@@ -165,53 +164,54 @@ VALUES = st.one_of(
 )
 
 
-@settings(steady, max_examples=300)
+@settings(deterministic, max_examples=300)
 @given(st.dictionaries(st.sampled_from([*NAMES, "train", "train.stepz", "x", ""]), VALUES, max_size=4))
-def test_any_config_is_good_or_refused_in_one_line(changes):
+def test_any_config_is_valid_or_refused_in_one_line(changes):
     table = config.get_config().to_dict()
     for name, value in changes.items():
         *groups, last = name.split(".")
         inner = table.setdefault(groups[0], {}) if groups else table
         (inner if isinstance(inner, dict) else table)[last] = value
-    good, refused = outcome(config.validate, table)
-    if good is None:
-        assert refused.isprintable()
-        assert len(refused) < 5000
+    valid, message = outcome(config.validate, table)
+    if valid is None:
+        assert message.isprintable()
+        assert len(message) < 5000
         return
-    assert {name: type(value) for name, value in config.leaves(good)} == {
-        name: type(value) for name, value in config.leaves(config.get_config())
+    defaults = dict(config.leaves(config.get_config()))
+    assert {name: type(value) for name, value in config.leaves(valid)} == {
+        name: type(value) for name, value in defaults.items()
     }
-    assert config.from_json(config.to_json(good)) == good
-    assert config.validate(good) == good
+    assert config.from_json(config.to_json(valid)) == valid
+    assert config.validate(valid) == valid
 
 
-# What lets a value through: the type of the default, or an int where that is a float, or a list where it is a tuple.
-@steady
+# Accepted types: that of the default, an int for a float, and a list for a tuple.
+@deterministic
 @given(st.sampled_from(NAMES), st.one_of(st.integers(-5, 2000), st.floats(-2, 2), st.booleans(), st.text(max_size=3)))
-def test_a_value_of_another_type_is_refused_by_its_name(name, value):
+def test_a_value_of_another_type_is_refused(name, value):
     default = dict(config.leaves(config.get_config()))[name]
     if type(value) is type(default) or (type(default) is float and type(value) is int):
         return
-    if name == "train.remat" and type(value) is bool:  # as it was said before the policies had names
+    if name == "train.remat" and type(value) is bool:  # the older spelling of `block` and `none`
         return
     *groups, last = name.split(".")
     with pytest.raises(InputError, match=re.escape(f"{name} is {short_repr(value)}, expected")):
         config.validate({groups[0]: {last: value}} if groups else {last: value})
 
 
-@steady
+@deterministic
 @given(
     st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=9).map(json.dumps)
 )
 @example("[" * 100_000)
 @example('{"train": {"steps": ' + "9" * 5000 + "}}")
-def test_any_text_in_place_of_a_kept_config_is_one_sentence(text):
-    good, refused = outcome(config.from_json, text)
-    assert refused.isprintable() if good is None else good == config.get_config()
+def test_any_text_is_a_valid_config_file_or_refused_in_one_line(text):
+    valid, message = outcome(config.from_json, text)
+    assert message.isprintable() if valid is None else valid == config.get_config()
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], ConfigDict({"train": 1})])
-def test_what_is_no_config_is_said(value):
+def test_values_that_are_not_configs_are_refused(value):
     with pytest.raises(InputError):
         config.validate(value)
 
@@ -221,15 +221,7 @@ def test_what_is_no_config_is_said(value):
 SETTINGS = (
     *("block_out_channels", "layers_per_block", "attention_head_dim", "num_attention_heads", "cross_attention_dim"),
     *("norm_num_groups", "norm_eps", "use_linear_projection", "flip_sin_to_cos", "freq_shift", "down_block_types"),
-    *(
-        "up_block_types",
-        "in_channels",
-        "out_channels",
-        "latent_channels",
-        "scaling_factor",
-        "hidden_size",
-        "vocab_size",
-    ),
+    *("up_block_types", "in_channels", "out_channels", "latent_channels", "scaling_factor", "hidden_size"),
     *("intermediate_size", "num_hidden_layers", "max_position_embeddings", "hidden_act", "layer_norm_eps", "act_fn"),
     "vocab_size",
 )
@@ -240,16 +232,16 @@ JSON = st.recursive(
 )
 
 
-@settings(steady, max_examples=250)
+@settings(deterministic, max_examples=250)
 @given(st.dictionaries(st.sampled_from(SETTINGS), JSON, max_size=4))
-def test_any_components_config_is_of_a_bounded_network_or_refused_in_one_line(changes):
+def test_any_component_config_is_bounded_or_refused_in_one_line(changes):
     for read in (unet_config, vae_config, text_config):
-        made, refused = outcome(read, changes, Path("model/config.json"))
-        if made is None:
-            assert refused.isprintable()
-            assert len(refused) < 1500
+        parsed, message = outcome(read, changes, Path("model/config.json"))
+        if parsed is None:
+            assert message.isprintable()
+            assert len(message) < 1500
             continue
-        for value in vars(made).values():
+        for value in vars(parsed).values():
             for number in value if isinstance(value, tuple) else (value,):
                 assert isinstance(number, str) or (0 <= number <= 1_000_000)
 
@@ -257,12 +249,12 @@ def test_any_components_config_is_of_a_bounded_network_or_refused_in_one_line(ch
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-@steady
+@deterministic
 @given(st.lists(PROMPTS, min_size=1, max_size=3))
-def test_what_is_published_stays_in_the_run(tmp_path_factory, texts):
+def test_scratch_files_are_in_the_run_directory(tmp_path_factory, texts):
     root = tmp_path_factory.getbasetemp() / "run"
-    folder = RunDirectory(root)
+    directory = RunDirectory(root)
     for name in file_names(texts):
-        scratch = folder.scratch(f"edits/{name}.mp4")
+        scratch = directory.scratch(f"edits/{name}.mp4")
         assert scratch.parent == root / "edits"
         assert len(scratch.name.encode()) <= 255
