@@ -289,7 +289,7 @@ def test_gif_with_pauses(tmp_path, durations, expected):
     assert numbers(clip.frames) == expected
 
 
-# ------------------------------------------------------------------------------------------- rotation, size and colours
+# ------------------------------------------------------------------------------------------- rotation, size and colors
 
 
 def quarters(height: int, width: int) -> np.ndarray:
@@ -299,10 +299,10 @@ def quarters(height: int, width: int) -> np.ndarray:
 
 
 def corners(frame: np.ndarray) -> list[tuple]:
-    """The colour nearest to the one at the centre of each quarter: top left, top right, bottom left, bottom right."""
+    """The color nearest to the one at the center of each quarter: top left, top right, bottom left, bottom right."""
     h, w = frame.shape[0] // 4, frame.shape[1] // 4
     pixels = [frame[y, x].astype(int) for y in (h, 3 * h) for x in (w, 3 * w)]
-    return [min((RED, GREEN, BLUE, GREY), key=lambda colour: abs(pixel - colour).sum()) for pixel in pixels]
+    return [min((RED, GREEN, BLUE, GREY), key=lambda color: abs(pixel - color).sum()) for pixel in pixels]
 
 
 def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> Path:
@@ -319,7 +319,7 @@ def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> Path:
     return path
 
 
-ROTATIONS = {  # clockwise, in degrees: display matrix and the colours of the corners
+ROTATIONS = {  # clockwise, in degrees: display matrix and the colors of the corners
     0: ((1, 0, 0, 1), [RED, GREEN, BLUE, GREY]),
     90: ((0, 1, -1, 0), [BLUE, RED, GREY, GREEN]),
     180: ((-1, 0, 0, -1), [GREY, BLUE, GREEN, RED]),
@@ -340,14 +340,14 @@ PAL_WIDE = Fraction(64, 45)  # 720×576 pixels shown as 16:9
 
 
 def square(height: int = 576, width: int = 720) -> np.ndarray:
-    """`quarters` with a white square of 200×200 pixels at the centre."""
+    """`quarters` with a white square of 200×200 pixels at the center."""
     frame = quarters(height, width)
     frame[height // 2 - 100 : height // 2 + 100, width // 2 - 100 : width // 2 + 100] = 255
     return frame
 
 
 def square_size(frame: np.ndarray) -> tuple[int, int]:
-    """(height, width) of the white square. Every other colour has a component below 200."""
+    """(height, width) of the white square. Every other color has a component below 200."""
     white = frame.min(-1) > 190
     return int(white.any(1).sum()), int(white.any(0).sum())
 
@@ -434,7 +434,7 @@ def test_crop_keeps_the_display_aspect_and_stretch_fills_the_size(tmp_path):
 
 
 @pytest.mark.parametrize("aspect", [Fraction(0), Fraction(1), Fraction(17), Fraction(1, 17), Fraction(1000)])
-def test_missing_or_absurd_pixel_aspect_means_square_pixels(tmp_path, aspect):
+def test_missing_or_invalid_pixel_aspect_means_square_pixels(tmp_path, aspect):
     path = write(tmp_path / "a.mp4", numbered_frames(3), pixel_aspect=aspect)
     plain = write(tmp_path / "plain.mp4", numbered_frames(3))
     np.testing.assert_array_equal(load_video(path).frames, load_video(plain).frames)
@@ -464,7 +464,7 @@ def test_display_size_above_the_limit(tmp_path):
     ],
 )
 @pytest.mark.parametrize("shape", [(64, 160), (160, 64), (120, 120)])
-def test_crop_uses_the_centre_and_stretch_the_whole_frame(tmp_path, shape, height, width, fit):
+def test_crop_uses_the_center_and_stretch_the_whole_frame(tmp_path, shape, height, width, fit):
     """Red rises to the right and green downwards, so that each pixel shows its position in the source."""
     h, w = shape
     x, y = np.meshgrid(np.arange(w), np.arange(h))
@@ -472,10 +472,10 @@ def test_crop_uses_the_centre_and_stretch_the_whole_frame(tmp_path, shape, heigh
     frame = load_video(image_directory(tmp_path / "f", {"1.png": ramp}), size=(height, width), fit=fit).frames[0]
     assert frame.shape == (height, width, 3)
     scale = (h / height, w / width) if fit == "stretch" else [min(h / height, w / width)] * 2
-    for axis, length, side, colour in ((0, h, height, 1), (1, w, width, 0)):
+    for axis, length, side, color in ((0, h, height, 1), (1, w, width, 0)):
         expected = length / 2 - 0.5 + (np.arange(side) - side / 2 + 0.5) * scale[axis]
-        found = frame[..., colour].mean(1 - axis)
-        # Colours are whole numbers, and at the edges the filter reaches beyond the frame.
+        found = frame[..., color].mean(1 - axis)
+        # Colors are whole numbers, and at the edges the filter reaches beyond the frame.
         assert abs(found - expected)[2:-2].max() <= 0.6
 
 
@@ -495,9 +495,9 @@ LUMA = {1: (0.2126, 0.0722), 6: (0.299, 0.114)}  # colorspace tag (BT.709, BT.60
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("tag", LUMA)
 @pytest.mark.parametrize("aspect", [Fraction(1), PAL_WIDE])
-def test_colours_follow_the_tags_of_the_file(tmp_path, aspect, tag, full):
-    for colour in (RED, GREEN, BLUE, GREY):
-        red, green, blue = np.array(colour) / 255
+def test_colors_follow_the_tags_of_the_file(tmp_path, aspect, tag, full):
+    for color in (RED, GREEN, BLUE, GREY):
+        red, green, blue = np.array(color) / 255
         kr, kb = LUMA[tag]
         y = kr * red + (1 - kr - kb) * green + kb * blue
         cb, cr = (blue - y) / (2 - 2 * kb), (red - y) / (2 - 2 * kr)
@@ -514,7 +514,7 @@ def test_colours_follow_the_tags_of_the_file(tmp_path, aspect, tag, full):
             container.mux(stream.encode())
         frames = load_video(tmp_path / "a.mp4").frames
         assert frames.shape[2] == round(64 * aspect) // 8 * 8
-        assert abs(frames.astype(int) - colour).max() <= 3
+        assert abs(frames.astype(int) - color).max() <= 3
 
 
 # ------------------------------------------------------------------------------------------------ directories of images
@@ -693,9 +693,9 @@ def test_saved_mp4(tmp_path, count, fps):
     assert load_video(path).fps == pytest.approx(fps, rel=1e-9)
 
 
-@pytest.mark.parametrize("colour", [RED, GREEN, BLUE, GREY, (250, 250, 250), (4, 4, 4), (240, 200, 20)])
-def test_saved_colours(tmp_path, colour):
-    path = Clip(np.full((3, 48, 64, 3), colour, np.uint8), 8.0).save(tmp_path / "out.mp4")
+@pytest.mark.parametrize("color", [RED, GREEN, BLUE, GREY, (250, 250, 250), (4, 4, 4), (240, 200, 20)])
+def test_saved_colors(tmp_path, color):
+    path = Clip(np.full((3, 48, 64, 3), color, np.uint8), 8.0).save(tmp_path / "out.mp4")
     saved = Decoded(path)
     assert saved.tags == (1, 1, 1, 1)  # BT.709 for all three, limited range
     # Convert from Y'CbCr by the formula of BT.709, independently of any library.
@@ -703,9 +703,9 @@ def test_saved_colours(tmp_path, colour):
     planes = [plane.mean() for plane in (raw[:48], *raw[48:].reshape(2, -1))]
     y, cb, cr = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
     rgb = 255 * np.array([y + 1.5748 * cr, y - 0.1873 * cb - 0.4681 * cr, y + 1.8556 * cb])
-    assert abs(rgb - colour).max() <= 3
-    assert abs(saved.frames[1].astype(int) - colour).max() <= 3
-    assert abs(load_video(path).frames.astype(int) - colour).max() <= 3
+    assert abs(rgb - color).max() <= 3
+    assert abs(saved.frames[1].astype(int) - color).max() <= 3
+    assert abs(load_video(path).frames.astype(int) - color).max() <= 3
 
 
 def test_odd_sides_are_padded(tmp_path):

@@ -253,7 +253,7 @@ def _truncation(container, packet, reached: Fraction) -> str:
 
 
 def _pixel_aspect(stream) -> Fraction:
-    """Width ÷ height of a pixel; 1 where the file gives none or an absurd one."""
+    """Width ÷ height of a pixel; 1 if the file has none or an implausible one."""
     aspect = stream.sample_aspect_ratio or 1
     return Fraction(aspect if Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT else 1)
 
