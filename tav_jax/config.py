@@ -6,6 +6,7 @@ checked as a whole, before anything is loaded.
 
 import difflib
 import json
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -129,7 +130,7 @@ RANGES = {
 def check_choice(setting: str, value: Any) -> None:
     """Refuse a value that is not among the setting's CHOICES. Named in the error as in Python, without its section."""
     if value not in CHOICES[setting]:
-        raise InputError(f"{setting.split('.')[1]} is {value!r}; it must be one of {', '.join(CHOICES[setting])}")
+        raise InputError(f"{setting.split('.')[1]} is {short_repr(value)}; it must be one of {', '.join(CHOICES[setting])}")
 
 
 def remat_name(remat: str | bool) -> str:
@@ -148,7 +149,7 @@ def check_size(height: Any, width: Any, factor: int | None = None, *, most: int 
 
 
 def _side_problem(name: str, value: Any, factor: int | None, most: int = MAX_SIDE) -> str | None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return f"{name} is {short_repr(value)}; it must be a whole number, a multiple of {factor or 8}"
     step = factor or 8
     if value > most:
