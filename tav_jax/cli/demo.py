@@ -10,8 +10,8 @@ def run(arguments: argparse.Namespace) -> int:
     silence_background_tracebacks()
     compilation_cache.enable()
     processes.require_single_process("tav demo")
-    from tav_jax.demo.demo import demo, settings_with
+    from tav_jax.demo.run import make_settings, run_demo
 
-    settings = settings_with(steps=arguments.steps, seed=arguments.seed)
-    demo(arguments.out, arguments.prompt, settings, number=arguments.clip)
+    settings = make_settings(steps=arguments.steps, seed=arguments.seed)
+    run_demo(arguments.out, arguments.prompt, settings, clip_seed=arguments.clip)
     return 0

@@ -1,4 +1,4 @@
-"""What is asked of a clip of the drawn world: four kinds of edits, and the settings that they are made with."""
+"""The source clip, the example edits and the settings of `tav demo`, and the parsing of its prompts."""
 
 import re
 from dataclasses import dataclass, replace
@@ -6,19 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from tav_jax.demo.world import COLOURS, PLACES, SHAPES, STYLES, Scene, SpriteClip
+from tav_jax.demo.world import COLOURS, PLACES, SHAPES, STYLES, DemoClip, Scene
 
 MODEL = Path(__file__).parent / "model"
 FPS = 8.0
-SOURCE = Scene("red", "circle", "grass")
-MOTION = "bounce"
-KINDS = ("style", "object", "place", "several at once")
-KEEPING, REPLACING = ("style", "place"), ("object", "several at once")  # the source's object, or by another one
+EDIT_KINDS = ("style", "object", "place", "several at once")
+WORDS = ("a", "an", "on", *COLOURS, *SHAPES, *PLACES, *re.findall("[a-z]+", " ".join(STYLES.values())))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a result depends on, beside the clip and the prompts."""
+    """Everything that a result depends on besides the clip and the prompts."""
 
     frames: int = 8
     steps: int = 400
@@ -30,49 +28,39 @@ class Settings:
     seed: int = 0
 
 
-def source_clip(number: int | None, frames: int) -> SpriteClip:
-    """The demo's clip or, with a number, any other."""
-    if number is None:
-        return SpriteClip.draw(0, frames, motion=MOTION, scene=SOURCE)
-    return SpriteClip.draw(number, frames)
+def source_clip(seed: int | None, frames: int) -> DemoClip:
+    """The clip of this seed, or by default a red circle that bounces over grass."""
+    if seed is None:
+        return DemoClip.sample(0, frames, motion="bounce", scene=Scene("red", "circle", "grass"))
+    return DemoClip.sample(seed, frames)
 
 
-def edits_of(clip: SpriteClip, seed: int) -> dict[str, SpriteClip]:
-    """One edit of each kind: what a perfect one would show. The same for the same seed."""
+def example_edits(clip: DemoClip, seed: int) -> dict[str, DemoClip]:
+    """The ground truth of one edit of each kind, chosen at random by the seed."""
     rng, scene = np.random.default_rng((seed, 3)), clip.scene
 
-    def other(names, now: str) -> str:
-        return str(rng.choice([name for name in names if name != now]))
+    def change(*fields: str) -> DemoClip:
+        choices = {"colour": COLOURS, "shape": SHAPES, "place": PLACES, "style": STYLES}
+        others = {field: [name for name in choices[field] if name != getattr(scene, field)] for field in fields}
+        return clip.edit(**{field: str(rng.choice(names)) for field, names in others.items()})
 
-    def styled() -> str:
-        return other(STYLES, "plain")
-
-    def coloured() -> str:
-        return other(COLOURS, scene.colour)
-
-    def shaped() -> str:
-        return other(SHAPES, scene.shape)
-
-    def placed() -> str:
-        return other(PLACES, scene.place)
-
-    changes = (
-        {"style": styled()},
-        {"colour": coloured(), "shape": shaped()},
-        {"place": placed()},
-        {"colour": coloured(), "shape": shaped(), "place": placed(), "style": styled()},
-    )
-    return {kind: clip.edited(**change) for kind, change in zip(KINDS, changes, strict=True)}
+    changes = (("style",), ("colour", "shape"), ("place",), ("colour", "shape", "place", "style"))
+    return {kind: change(*fields) for kind, fields in zip(EDIT_KINDS, changes, strict=True)}
 
 
-def scene_of(text: str, source: Scene) -> Scene:
-    """What a prompt asks for: the world's words of each kind, where it has them, and else what the source shows."""
-    words = re.findall("[a-z]+", text.lower())
-    for kind, names in (("colour", COLOURS), ("shape", SHAPES), ("place", PLACES)):
+def parse_scene(prompt: str, source: Scene) -> Scene:
+    """The scene that a prompt describes. What the prompt does not mention is taken from `source`."""
+    words = re.findall("[a-z]+", prompt.lower())
+    for field, names in (("colour", COLOURS), ("shape", SHAPES), ("place", PLACES)):
         for word in words:
             if word in names:
-                source = replace(source, **{kind: word})
-    for style, said in STYLES.items():
-        if said and said.split()[-1] in words:
+                source = replace(source, **{field: word})
+    for style, suffix in STYLES.items():
+        if suffix and suffix.split()[-1] in words:
             source = replace(source, style=style)
     return source
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that occur in no caption of the demo world."""
+    return [word for word in dict.fromkeys(re.findall(r"[^\s,.;:!?]+", prompt.lower())) if word not in WORDS]

@@ -1,4 +1,4 @@
-"""The page that `tav demo` writes: one file, nothing fetched from anywhere."""
+"""The results of `tav demo`: videos, metrics and a report, which is one HTML file that fetches nothing."""
 
 import base64
 import html
@@ -6,190 +6,239 @@ import io
 import json
 import re
 import shlex
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from tav_jax import Clip, Edit
 from tav_jax.demo.edits import FPS, Settings
-from tav_jax.demo.world import SIDE
+from tav_jax.demo.evaluation import FIELDS, MEASURES, Evaluation
+from tav_jax.demo.world import IMAGE_SIZE, DemoClip
+from tav_jax.io.progress import progress_bar
+from tav_jax.io.video import side_by_side
+from tav_jax.training.run_directory import file_names
 
-if TYPE_CHECKING:
-    from tav_jax.demo.demo import Story
+COLOURS = ("#d1495b", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")  # of the edits
+GREY = "#808080"  # of the source, and of text and axes; legible on light and dark backgrounds
+SMOOTHING = 25  # steps over which the smooth loss curve is averaged
+SCALE = 4  # the videos are enlarged to 256 pixels
+CUSTOM = "your prompt"  # the kind of an edit with a user's prompt
 
-MARKS = ("#d1495b", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")
-SOURCE_MARK = "#7d8590"
-WINDOW = 25  # steps that the smooth loss curve is a mean of
+
+@dataclass
+class DemoResult:
+    settings: Settings
+    clip_seed: int | None
+    source: DemoClip
+    kinds: list[str]  # of edits
+    edits: list[Edit] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    reconstruction_psnr_db: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The content of `metrics.json`."""
+        return {
+            **{name: float(np.mean([getattr(e, name) for e in self.evaluations])) for name in MEASURES},
+            "reconstruction_psnr_db": self.reconstruction_psnr_db,
+            "edits": [
+                {"prompt": edit.prompt, **{name: x for name, x in evaluation._asdict().items() if name != "centres"}}
+                for edit, evaluation in zip(self.edits, self.evaluations, strict=True)
+            ],
+            "seconds": self.seconds,
+            "settings": asdict(self.settings),
+        }
 
 
-def page(story: "Story") -> str:
-    s = story.settings
-    prompts = [edit.prompt for edit in story.edits]
-    marks = [MARKS[i % len(MARKS)] for i in range(len(prompts))]
+def write_results(result: DemoResult, directory: Path) -> Path:
+    """Write the videos, `metrics.json` and `report.html`; return the path of the report."""
+    source = Clip(_enlarge(result.source.frames), FPS)
+    edits = [Edit(_enlarge(edit.frames), edit.fps, prompt=edit.prompt) for edit in result.edits]
+    videos = {"source": source, **dict(zip(file_names([edit.prompt for edit in edits]), edits, strict=True))}
+    videos["side-by-side"] = side_by_side(source, edits, result.source.scene.caption)
+    with progress_bar(2 * len(videos), "writing") as bar:
+        for name, video in videos.items():
+            for suffix in (".mp4", ".gif"):
+                video.save(directory / (name + suffix))
+                bar.update()
+    (directory / "metrics.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+    report = directory / "report.html"
+    report.write_text(render_page(result), encoding="utf-8")
+    return report
+
+
+def _enlarge(frames: UInt8[np.ndarray, "F h w 3"]) -> UInt8[np.ndarray, "F H W 3"]:
+    return frames.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+
+
+def render_page(result: DemoResult) -> str:
+    settings = result.settings
+    prompts = [edit.prompt for edit in result.edits]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(prompts))]
     fields = {
-        "title": html.escape(f"“{story.source.scene.caption}”, and what became of it"),
-        "lead": (
-            f"A very small Stable Diffusion, which had only ever seen still pictures, learned this one clip of "
-            f"{s.frames} frames in {s.steps} steps. The clip was then turned back into noise, and drawn again from "
-            f"that noise, with other words for the last {s.strength:.0%} of the way. What moves, moves as it did: no "
-            "caption ever named the motion."
-        ),
-        "cards": _cards(story, prompts, marks),
-        "last_frame": s.frames - 1,
-        "pause": round(1000 / FPS),
-        "paths": _paths(story, marks),
+        "title": html.escape(f"Edits of “{result.source.scene.caption}”"),
+        "frames": settings.frames,
+        "strength": f"{settings.strength:.0%}",
+        "cards": _cards(result, prompts, colours),
+        "last_frame": settings.frames - 1,
+        "interval": round(1000 / FPS),
+        "paths": plot(lambda axes: _draw_paths(axes, result, colours), (5.2, 5.2)).replace(GREY, "currentColor"),
         "legend": "".join(
-            f'<li><i style="background:{mark}"></i>{html.escape(text)}</li>'
-            for mark, text in zip([SOURCE_MARK, *marks], ["source", *prompts], strict=True)
+            f'<li><i style="background:{colour}"></i>{html.escape(text)}</li>'
+            for colour, text in zip([GREY, *colours], ["source", *prompts], strict=True)
         ),
-        "losses": _losses(np.asarray(story.losses)),
-        "steps": s.steps,
-        "window": WINDOW,
-        "rows": _rows(story, prompts),
-        "psnr": f"{story.reconstruction_psnr_db:.1f}",
-        "stages": _stages(story.seconds),
-        "command": html.escape(_command(story, prompts)),
-        "python": html.escape(_python(story, prompts)),
-        "settings": html.escape(json.dumps(asdict(s), indent=2)),
+        "losses": plot(lambda axes: _draw_losses(axes, np.asarray(result.losses)), (5.2, 5.2)).replace(
+            GREY, "currentColor"
+        ),
+        "steps": settings.steps,
+        "smoothing": SMOOTHING,
+        "rows": _rows(result, prompts),
+        "psnr": f"{result.reconstruction_psnr_db:.1f}",
+        "stages": _stages(result.seconds),
+        "command": html.escape(_command(result, prompts)),
+        "python": html.escape(_python(result, prompts)),
+        "settings": html.escape(json.dumps(asdict(settings), indent=2)),
     }
-    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(fields)
+    return Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8")).substitute(fields)
 
 
-def _strip(frames: UInt8[np.ndarray, "F h w 3"]) -> str:
-    """All frames in one row, as a picture inside the page."""
-    out = io.BytesIO()
-    Image.fromarray(np.concatenate(list(frames), axis=1)).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _card(frames, kind: str, prompt: str, figures: str, mark: str) -> str:
-    return (
-        f'<article class="card" style="--mark:{mark}"><canvas class="clip" width="{SIDE}" height="{SIDE}" '
-        f'data-strip="{_strip(frames)}" role="img" aria-label="{html.escape(re.sub("<[^>]+>", "", prompt))}"></canvas>'
-        f'<p class="kind">{html.escape(kind)}</p><p class="prompt">{prompt}</p>'
-        f'<p class="figures">{figures}</p></article>'
-    )
-
-
-def _cards(story: "Story", prompts: list[str], marks: list[str]) -> str:
-    said = story.source.scene.caption
-    cards = [_card(story.source.frames, "the clip", html.escape(said), f"{story.source.motion}, drawn", SOURCE_MARK)]
-    for edit, verdict, kind, mark in zip(story.edits, story.verdicts, story.kinds, marks, strict=True):
-        figures = f"{verdict.edit_accuracy:.0%} right, {verdict.trajectory_error_px:.1f} px off the path"
-        cards.append(_card(edit.frames, kind, _changed(edit.prompt, said), figures, mark))
+def _cards(result: DemoResult, prompts: list[str], colours: list[str]) -> str:
+    caption = result.source.scene.caption
+    cards = [_card(result.source.frames, "source", caption, html.escape(caption), f"motion: {result.source.motion}")]
+    for edit, evaluation, kind, colour in zip(result.edits, result.evaluations, result.kinds, colours, strict=True):
+        figures = (
+            f"{evaluation.edit_accuracy:.0%} of frames correct, path error {evaluation.trajectory_error_px:.1f} px"
+        )
+        cards.append(_card(edit.frames, kind, edit.prompt, _mark_new_words(edit.prompt, caption), figures, colour))
     return "\n".join(cards)
 
 
-def _changed(prompt: str, said: str) -> str:
-    """The prompt, with the words that the source's sentence does not have marked."""
-    before = set(re.findall(r"\w+", said))
+def _card(
+    frames: UInt8[np.ndarray, "F h w 3"], kind: str, prompt: str, marked: str, figures: str, colour: str = GREY
+) -> str:
+    png = io.BytesIO()
+    Image.fromarray(np.concatenate(list(frames), axis=1)).save(png, "PNG")  # all frames in one row
+    strip = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return (
+        f'<article class="card" style="--colour:{colour}"><canvas class="clip" width="{IMAGE_SIZE}" '
+        f'height="{IMAGE_SIZE}" data-strip="{strip}" role="img" aria-label="{html.escape(prompt)}"></canvas>'
+        f'<p class="kind">{kind}</p><p class="prompt">{marked}</p><p class="figures">{figures}</p></article>'
+    )
+
+
+def _mark_new_words(prompt: str, caption: str) -> str:
+    """The prompt as HTML, with the words that are not in the source's caption in <ins>."""
+    known = set(re.findall(r"\w+", caption))
     return "".join(
-        f"<ins>{html.escape(part)}</ins>" if re.fullmatch(r"\w+", part) and part not in before else html.escape(part)
+        f"<ins>{html.escape(part)}</ins>" if re.fullmatch(r"\w+", part) and part not in known else html.escape(part)
         for part in re.split(r"(\w+)", prompt)
     )
 
 
-def _points(path: Float[np.ndarray, "F 2"]) -> str:
-    return " ".join(f"{x:.2f},{y:.2f}" for x, y in path)
+def plot(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """An SVG with a transparent background, in which `draw` has drawn on Matplotlib axes. `size` is in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    style = {
+        **dict.fromkeys(grey, GREY),
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tav_jax",
+        "font.size": 11,
+        "grid.alpha": 0.3,
+        "axes.axisbelow": True,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(size, layout="constrained")
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    # Matplotlib numbers its groups from 1 in every figure. Without these ids, one page can contain several figures.
+    return re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
 
 
-def _paths(story: "Story", marks: list[str]) -> str:
-    lines = []
-    everyone = [(story.source.centres, SOURCE_MARK)]
-    everyone += [(verdict.centres, mark) for verdict, mark in zip(story.verdicts, marks, strict=True)]
-    for i, (path, mark) in enumerate(everyone):
-        seen = path[np.isfinite(path).all(axis=1)]  # the line passes over frames without an object
-        path = np.where(np.isfinite(path), path, -9.0)  # and the dot waits outside of the picture
-        wide = 2.6 if i == 0 else 0.7
-        lines.append(
-            f'<polyline points="{_points(seen)}" fill="none" stroke="{mark}" stroke-width="{wide}" '
-            f'stroke-linejoin="round" stroke-linecap="round" opacity="{0.35 if i == 0 else 0.9}"/>'
-        )
-        lines.append(
-            f'<circle r="{2.4 if i == 0 else 1.1}" fill="{mark}" opacity="{0.6 if i == 0 else 1}" '
-            f'data-path="{_points(path)}" cx="{path[0, 0]:.2f}" cy="{path[0, 1]:.2f}"/>'
-        )
-    frame = f'<rect width="{SIDE}" height="{SIDE}" fill="none" stroke="var(--line)" stroke-width=".5"/>'
-    return f'<svg viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="Paths">{frame}{"".join(lines)}</svg>'
+def _draw_paths(axes: Any, result: DemoResult, colours: list[str]) -> None:
+    """The paths as lines, and one group `dots-<frame>` for each frame, of which the page's script shows one at a time."""
+    centres = np.stack([result.source.centres, *(e.centres for e in result.evaluations)])  # [clips, F, 2]
+    widths = [10, *(2.5 for _ in colours)]
+    for path, colour, width in zip(centres, [GREY, *colours], widths, strict=True):
+        found = path[np.isfinite(path).all(axis=1)]
+        axes.plot(*found.T, color=colour, linewidth=width, alpha=0.35 if colour == GREY else 0.9)
+    for frame, points in enumerate(centres.swapaxes(0, 1)):
+        axes.scatter(*points.T, c=[GREY, *colours], s=[150, *(40 for _ in colours)], zorder=3, gid=f"dots-{frame}")
+    axes.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0), aspect="equal", xlabel="x, pixels", ylabel="y, pixels")
+    axes.set(xticks=range(0, IMAGE_SIZE + 1, 16), yticks=range(0, IMAGE_SIZE + 1, 16))
 
 
-def _losses(losses: Float[np.ndarray, "N"]) -> str:
-    wide, high, left, top, bottom = 420, 400, 40, 10, 26
-    window = min(WINDOW, len(losses))
+def _draw_losses(axes: Any, losses: Float[np.ndarray, "N"]) -> None:
+    window = min(SMOOTHING, len(losses))
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    roof = max(float(losses.max()), 1e-6)
-
-    def line(values, first: int) -> str:
-        x = left + (wide - left - 8) * (np.arange(len(values)) + first) / max(1, len(losses) - 1)
-        y = high - bottom - (high - top - bottom) * values / roof
-        return _points(np.stack([x, y], axis=1))
-
-    marks = "".join(
-        f'<line x1="{left}" x2="{wide - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{roof * share:.2f}</text>'
-        for share in (0, 0.5, 1)
-        for y in [high - bottom - (high - top - bottom) * share]
-    )
-    return (
-        f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="Loss over steps">{marks}'
-        f'<text x="{left}" y="{high - 8}">1</text>'
-        f'<text x="{wide - 8}" y="{high - 8}" text-anchor="end">step {len(losses)}</text>'
-        f'<polyline points="{line(losses, 0)}" fill="none" stroke="var(--accent)" opacity=".3"/>'
-        f'<polyline points="{line(smooth, window // 2)}" fill="none" stroke="var(--accent)" stroke-width="2.5"/></svg>'
-    )
+    axes.plot(np.arange(len(losses)) + 1, losses, color=COLOURS[1], alpha=0.35, linewidth=1)
+    axes.plot(np.arange(len(smooth)) + 1 + window // 2, smooth, color=COLOURS[1], linewidth=2.5)
+    axes.set(xlabel="tuning step", ylabel="loss", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y")
 
 
-def _rows(story: "Story", prompts: list[str]) -> str:
+def _rows(result: DemoResult, prompts: list[str]) -> str:
+    names = ("Colour", "Shape", "Place", "Style", "All four", "Path error", "Consistency")
     rows = []
-    for text, v in zip(prompts, story.verdicts, strict=True):
-        shares = "".join(f"<td>{share:.0%}</td>" for share in (v.colour, v.shape, v.place, v.style, v.edit_accuracy))
-        rows.append(
-            f"<tr><td>{html.escape(text)}</td>{shares}<td>{v.trajectory_error_px:.2f} px</td>"
-            f"<td>{v.frame_consistency:.3f}</td></tr>"
-        )
+    for prompt, e in zip(prompts, result.evaluations, strict=True):
+        fractions = [f"{getattr(e, name):.0%}" for name in (*FIELDS, "edit_accuracy")]
+        values = [*fractions, f"{e.trajectory_error_px:.2f} px", f"{e.frame_consistency:.3f}"]
+        cells = "".join(f'<td data-label="{n}">{value}</td>' for n, value in zip(names, values, strict=True))
+        rows.append(f'<tr><th scope="row">{html.escape(prompt)}</th>{cells}</tr>')
     return "\n".join(rows)
 
 
 def _stages(seconds: dict[str, float]) -> str:
     longest = max(seconds.values(), default=1.0)
     return "".join(
-        f'<tr><td>{name}</td><td>{value:.1f} s</td><td style="width:55%"><div class="bar" '
+        f'<tr><th scope="row">{stage}</th><td>{value:.1f} s</td><td style="width:55%"><div class="bar" '
         f'style="width:{100 * value / longest:.1f}%"></div></td></tr>'
-        for name, value in seconds.items()
+        for stage, value in seconds.items()
     )
 
 
-def _command(story: "Story", prompts: list[str]) -> str:
-    usual, words = Settings(), ["tav demo --out=DIR"]
-    if story.number is not None:
-        words.append(f"--clip={story.number}")
-    words += [f"--{name}={getattr(story.settings, name)}" for name in ("steps", "seed")
-              if getattr(story.settings, name) != getattr(usual, name)]  # fmt: skip
-    if story.kinds == ["your prompt"] * len(prompts):
-        words += [f"--prompt={shlex.quote(text)}" for text in prompts]
+def _command(result: DemoResult, prompts: list[str]) -> str:
+    words, defaults = ["tav demo --out=DIR"], Settings()
+    if result.clip_seed is not None:
+        words.append(f"--clip={result.clip_seed}")
+    for name in ("steps", "seed"):
+        if (value := getattr(result.settings, name)) != getattr(defaults, name):
+            words.append(f"--{name}={value}")
+    if CUSTOM in result.kinds:
+        words += [f"--prompt={shlex.quote(prompt)}" for prompt in prompts]
     return " ".join(words)
 
 
-def _python(story: "Story", prompts: list[str]) -> str:
-    s = story.settings
-    join_names = "".join(f"    {text!r},\n" for text in prompts)
+def _python(result: DemoResult, prompts: list[str]) -> str:
+    s = result.settings
+    lines = "".join(f"    {prompt!r},\n" for prompt in prompts)
     return f"""\
 from tav_jax import Clip, TuneAVideo
 from tav_jax.demo.edits import MODEL, source_clip
 
-source = source_clip({story.number!r}, frames={s.frames})
+source = source_clip({result.clip_seed!r}, frames={s.frames})
 clip = Clip(source.frames, {FPS})
 tav = TuneAVideo.from_pretrained(MODEL, dtype="float32", seed={s.seed})
-tav.tune(clip, {story.source.scene.caption!r}, steps={s.steps}, learning_rate={s.learning_rate}, seed={s.seed})
+tav.tune(clip, {result.source.scene.caption!r}, steps={s.steps}, learning_rate={s.learning_rate}, seed={s.seed})
 noise = tav.invert(clip, steps={s.inversion_steps})
 prompts = [
-{join_names}]
+{lines}]
 edits = tav.sample(
     prompts, latents=noise, steps={s.sampling_steps}, guidance={s.guidance}, strength={s.strength}
 )
+for i, edit in enumerate(edits):
+    edit.save(f"edit-{{i}}.mp4")
 """
