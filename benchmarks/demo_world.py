@@ -1,7 +1,7 @@
-"""What each part of the method buys, measured against known truth: `python -m benchmarks.demo_world`
+"""Ablations of the method on the demo world, whose ground truth is known: `python -m benchmarks.demo_world`
 
-Held-out clips of the drawn world, four edits each, judged by their pixels. Each cell (row, clip, seed) is a file of its
-own, so that the table can be computed in pieces and in any order: the same line goes on where it was stopped.
+Four edits of each of several held-out clips are evaluated from their pixels. The result of each cell (row, clip, seed)
+is a file of its own. The same command continues an interrupted run.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,45 +18,47 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tav_jax import Clip, TuneAVideo
-from tav_jax.demo.demo import reconstruction
-from tav_jax.demo.edits import FPS, KEEPING, KINDS, MODEL, REPLACING, Settings, edits_of
-from tav_jax.demo.judge import judge, look
-from tav_jax.demo.world import SIDE, Scene, SpriteClip, scenes
+from tav_jax.config import TRAINABLE
+from tav_jax.demo.edits import EDIT_KINDS, FPS, MODEL, Settings, example_edits
+from tav_jax.demo.evaluation import FIELDS, MEASURES, analyze_frame, evaluate
+from tav_jax.demo.report import plot
+from tav_jax.demo.run import reconstruction_psnr
+from tav_jax.demo.world import IMAGE_SIZE, DemoClip, Scene, all_scenes
 from tav_jax.distributed import compilation_cache
 from tav_jax.io.progress import progress_bar
 
-FIRST_CLIP = 1000  # the clips that nothing was tried out on begin here
+FIRST_CLIP = 1000  # seed of the first clip; the settings were chosen on clips with lower seeds
 CLIPS, FEW, SEEDS = 16, 4, 3
-TOGETHER = 32  # stills that are sampled as one batch
-STILLS_GUIDANCE = 3.0
+SAME_OBJECT, NEW_OBJECT = ("style", "place"), ("object", "several at once")  # kinds of edits
+BATCH = 32  # images that are sampled together
+IMAGE_GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to do it: the full method, or the method without one of its parts."""
+    """The full method, or the method without one of its parts."""
 
     name: str
-    told: str
+    label: str
     clips: int = FEW
     tuning: bool = True
     inversion: bool = True
     spatial_attention: str = "sparse-causal"
     temporal_attention: bool = True
-    places: tuple[str, ...] = ()
-    strength: float | None = None  # None: the settings'
+    parts: tuple[str, ...] = ()  # of the UNet, to which training is restricted; (): all
+    strength: float | None = None  # None: the strength of the settings
 
 
 ROWS = (
-    Row("full", "the full method", clips=CLIPS),
-    Row("led-throughout", "led by the prompt throughout: strength 1", strength=1.0),
+    Row("full", "full method", clips=CLIPS),
+    Row("strength-1", "prompt in all steps (strength 1)", strength=1.0),
     Row("no-tuning", "no tuning", tuning=False),
-    Row("no-inversion", "no inversion: from noise, strength 1", inversion=False, strength=1.0),
+    Row("no-inversion", "no inversion: random noise, strength 1", inversion=False, strength=1.0),
     Row("first-frame", "attention to the first frame only", spatial_attention="first-frame"),
     Row("per-frame", "attention within each frame only", spatial_attention="per-frame"),
     Row("no-temporal", "no temporal attention", temporal_attention=False),
-    Row("mid-and-up", "official subset: mid and up blocks only", places=("mid", "up")),
+    Row("mid-and-up", "official subset: mid and up blocks only", parts=("mid", "up")),
 )
-MEASURES = ("edit_accuracy", "trajectory_error_px", "frame_consistency")
 
 
 class Cell(NamedTuple):
@@ -69,228 +71,212 @@ class Cell(NamedTuple):
         return f"{self.row.name}/clip{self.clip:02d}-seed{self.seed}.json"
 
 
-def cells(rows: tuple[Row, ...] = ROWS, clips: int = CLIPS, seeds: int = SEEDS) -> Iterator[Cell]:
-    """In the order that soonest gives a table: all rows on a few clips with one seed first."""
-    grid = [Cell(row, clip, seed) for seed in range(seeds) for clip in range(clips) for row in rows if clip < row.clips]
-    return iter(sorted(grid, key=lambda cell: (cell.clip >= FEW, cell.seed, cell.clip)))
+def all_cells(rows: Sequence[Row] = ROWS, clips: int = CLIPS, seeds: int = SEEDS) -> list[Cell]:
+    """All cells, in an order in which every row has results early: few clips with the first seed come first."""
+    cells = [
+        Cell(row, clip, seed) for seed in range(seeds) for clip in range(clips) for row in rows if clip < row.clips
+    ]
+    return sorted(cells, key=lambda cell: (cell.clip >= FEW, cell.seed, cell.clip))
 
 
-def compute(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """One clip tuned, inverted, edited four times and judged."""
-    from tav_jax.training.train_step import TRAINABLE
-
+def run_cell(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Tune, invert, sample four edits and evaluate them."""
     row, s, started = cell.row, settings, time.perf_counter()
-    source = SpriteClip.draw(FIRST_CLIP + cell.clip, s.frames)
+    source = DemoClip.sample(FIRST_CLIP + cell.clip, s.frames)
     clip = Clip(source.frames, FPS)
-    sentence = source.scene.caption
-    words = (*TRAINABLE, *row.places)
+    caption = source.scene.caption
+    trainable = (*TRAINABLE, *row.parts)
     tav = TuneAVideo.from_pretrained(
         MODEL,
         dtype="float32",
         seed=cell.seed,
         spatial_attention=row.spatial_attention,
         temporal_attention=row.temporal_attention,
-        trainable=words,
+        trainable=trainable,
     )
     if row.tuning:
-        tav.tune(clip, sentence, steps=s.steps, learning_rate=s.learning_rate, seed=cell.seed, trainable=words)
+        tav.tune(clip, caption, steps=s.steps, learning_rate=s.learning_rate, seed=cell.seed, trainable=trainable)
     if row.inversion:
-        start = tav.invert(clip, steps=s.inversion_steps)
+        noise = tav.invert(clip, steps=s.inversion_steps)
     else:
-        start = tav.noise(cell.seed, s.frames, source.frames.shape[1:3])
-    wanted = edits_of(source, FIRST_CLIP + cell.clip)
-    texts = [edit.scene.caption for edit in wanted.values()]
+        noise = tav.noise(cell.seed, s.frames, source.frames.shape[1:3])
+    expected = example_edits(source, FIRST_CLIP + cell.clip)
+    prompts = [edit.scene.caption for edit in expected.values()]
     strength = s.strength if row.strength is None else row.strength
-    edits = tav.sample(texts, latents=start, steps=s.sampling_steps, guidance=s.guidance, strength=strength)
-    verdicts = {kind: judge(edit.frames, wanted[kind]) for kind, edit in zip(wanted, edits, strict=True)}
-    told = {
+    edits = tav.sample(prompts, latents=noise, steps=s.sampling_steps, guidance=s.guidance, strength=strength)
+    evaluations = [evaluate(edit.frames, clip) for edit, clip in zip(edits, expected.values(), strict=True)]
+    result = {
         "row": row.name,
         "clip": cell.clip,
         "seed": cell.seed,
         "motion": source.motion,
-        "sentence": sentence,
+        "caption": caption,
         "edits": {
-            kind: {"prompt": text} | {name: value for name, value in verdict._asdict().items() if name != "centres"}
-            for (kind, verdict), text in zip(verdicts.items(), texts, strict=True)
+            kind: {"prompt": prompt} | {name: x for name, x in evaluation._asdict().items() if name != "centres"}
+            for kind, prompt, evaluation in zip(expected, prompts, evaluations, strict=True)
         },
-        **{name: float(np.mean([getattr(v, name) for v in verdicts.values()])) for name in MEASURES},
+        **{name: float(np.mean([getattr(e, name) for e in evaluations])) for name in MEASURES},
         "settings": asdict(settings),
     }
     if row.name == "full":
-        told["reconstruction_psnr_db"] = reconstruction(tav, clip, sentence, s)
-    return told | {"seconds": time.perf_counter() - started}
+        result["reconstruction_psnr_db"] = reconstruction_psnr(tav, clip, caption, s)
+    return result | {"seconds": time.perf_counter() - started}
 
 
-def made(file: Path, settings: Settings) -> bool:
-    """Is the cell there, and made with these settings?"""
+def has_result(file: Path, settings: Settings) -> bool:
+    """Whether the file has a result with these settings."""
     return file.exists() and json.loads(file.read_text())["settings"] == asdict(settings)
 
 
-def write(file: Path, told: dict[str, Any]) -> None:
+def write_result(file: Path, result: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    scratch.write_text(json.dumps(told, indent=1) + "\n")
-    os.replace(scratch, file)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, file)
 
 
-# -------------------------------------------------------------------------------------------- the model by itself
+# --------------------------------------------------------------------------------------- images of the pretrained model
 
 
-def stills(tav: TuneAVideo, chosen: Sequence[Scene], settings: Settings) -> dict[str, float]:
-    """Still pictures of scenes, drawn from noise by the pretrained model: the shares that are right."""
-    right = []
-    for first in range(0, len(chosen), TOGETHER):
-        batch = chosen[first : first + TOGETHER]
-        texts = [scene.caption for scene in batch]
-        size = {"frames": 1, "size": (SIDE, SIDE)}
-        # A start of its own for each prompt: sampled in one batch, they would all begin with the same noise.
-        starts = np.concatenate([tav.noise(first + i, **size) for i in range(len(batch))])
-        drawn = tav.sample(texts, latents=starts, steps=settings.sampling_steps, guidance=STILLS_GUIDANCE)
-        for edit, scene in zip(drawn, batch, strict=True):
-            seen = look(edit.frames[0])
-            fields = ("colour", "shape", "place", "style")
-            right.append([getattr(seen.scene, field) == getattr(scene, field) for field in fields])
-    shares = np.mean(right, axis=0)
-    return dict(zip(("colour", "shape", "place", "style"), map(float, shares), strict=True)) | {
-        "all": float(np.mean(np.all(right, axis=1))),
-        "pictures": len(right),
-    }
+def image_accuracy(tav: TuneAVideo, scenes: Sequence[Scene], settings: Settings) -> dict[str, float]:
+    """The fractions of sampled images that match their captions."""
+    correct = []
+    for first in range(0, len(scenes), BATCH):
+        batch = scenes[first : first + BATCH]
+        # One prompt per noise: a batch of prompts otherwise shares its initial noise.
+        noise = np.concatenate(
+            [tav.noise(first + i, frames=1, size=(IMAGE_SIZE, IMAGE_SIZE)) for i in range(len(batch))]
+        )
+        prompts = [scene.caption for scene in batch]
+        images = tav.sample(prompts, latents=noise, steps=settings.sampling_steps, guidance=IMAGE_GUIDANCE)
+        found = [analyze_frame(image.frames[0]).scene for image in images]
+        correct += [[getattr(f, x) == getattr(s, x) for x in FIELDS] for f, s in zip(found, batch, strict=True)]
+    fractions = dict(zip(FIELDS, map(float, np.mean(correct, axis=0)), strict=True))
+    return fractions | {"all": float(np.mean(np.all(correct, axis=1))), "images": len(correct)}
 
 
-def composition(settings: Settings, pictures: int = 128) -> dict[str, Any]:
-    """As many pictures of combinations that pretraining has shown, and of combinations that it has not."""
+def composition(settings: Settings, images: int = 128) -> dict[str, Any]:
+    """Image accuracy on combinations of colour, shape and place of the training set, and on held-out ones."""
     tav, rng = TuneAVideo.from_pretrained(MODEL, dtype="float32"), np.random.default_rng(4)
-    told = {}
-    for name, held_out in (("shown", False), ("held_out", True)):
-        candidates = [scene for scene in scenes() if scene.held_out == held_out]
-        chosen = [candidates[i] for i in rng.choice(len(candidates), pictures, replace=False)]
-        told[name] = stills(tav, chosen, settings)
-    return told
+    result = {}
+    for name, held_out in (("trained", False), ("held_out", True)):
+        candidates = [scene for scene in all_scenes() if scene.held_out == held_out]
+        chosen = [candidates[i] for i in rng.choice(len(candidates), images, replace=False)]
+        result[name] = image_accuracy(tav, chosen, settings)
+    return result
 
 
-# --------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------ table and figure
 
 
-class Figure(NamedTuple):
+class Statistic(NamedTuple):
     mean: float
-    spread: float  # standard deviation between the seeds' means; not a number where there is one seed only
+    std: float  # between the means of the seeds; NaN for one seed
     cells: int
 
     def __format__(self, spec: str) -> str:
-        return f"{self.mean:{spec}}" + (f" ± {self.spread:{spec}}" if np.isfinite(self.spread) else "")
+        return f"{self.mean:{spec}}" + (f" ± {self.std:{spec}}" if np.isfinite(self.std) else "")
 
 
-def figure(told: list[dict[str, Any]], measure: str, kinds: Sequence[str] = KINDS) -> Figure:
-    """Over the edits of these kinds of all cells; the spread is that of the clips that every seed has."""
+def statistic(results: list[dict[str, Any]], measure: str, kinds: Sequence[str] = EDIT_KINDS) -> Statistic:
+    """The mean over all cells and these kinds of edits. `std` is computed over the clips that every seed has."""
     by_seed: dict[int, dict[int, float]] = defaultdict(dict)
-    for cell in told:
-        by_seed[cell["seed"]][cell["clip"]] = float(np.mean([cell["edits"][kind][measure] for kind in kinds]))
+    for result in results:
+        by_seed[result["seed"]][result["clip"]] = float(np.mean([result["edits"][kind][measure] for kind in kinds]))
     shared = set.intersection(*(set(clips) for clips in by_seed.values()))
     means = [np.mean([clips[clip] for clip in shared]) for clips in by_seed.values() if shared]
-    spread = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-    return Figure(float(np.mean([x for clips in by_seed.values() for x in clips.values()])), spread, len(told))
+    std = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
+    return Statistic(float(np.mean([x for clips in by_seed.values() for x in clips.values()])), std, len(results))
 
 
-def gathered(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What there is, by row."""
-    told = [json.loads(file.read_text()) for file in sorted(folder.glob("*/*.json"))]
-    return {row.name: [cell for cell in told if cell["row"] == row.name] for row in ROWS}
+def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results of each row."""
+    results = [json.loads(file.read_text()) for file in sorted(directory.glob("*/*.json"))]
+    return {row.name: [result for result in results if result["row"] == row.name] for row in ROWS}
 
 
-def table(folder: Path) -> str:
-    """A table in Markdown: every row on all of its clips, and on the clips that all rows share."""
+def make_table(directory: Path) -> str:
+    """A Markdown table: every row on all of its clips, and on the clips that all rows share."""
     lines = [
-        "| | edit accuracy | path error, px | where the object stays | where it is replaced | steadiness | cells |",
+        "| | edit accuracy | path error, px | object kept | object replaced | consistency | cells |",
         "|---|---|---|---|---|---|---|",
     ]
+    results = read_results(directory)
     for row in ROWS:
-        told = gathered(folder)[row.name]
-        versions = [(row.told, told)]
+        versions = [(row.label, results[row.name])]
         if row.clips > FEW:
-            versions.append((f"{row.told}, the {FEW} clips of the rows below", [c for c in told if c["clip"] < FEW]))
-        for name, some in versions:
-            if some:
-                a, t, f = (figure(some, measure) for measure in MEASURES)
-                parts = [
-                    f"{figure(some, MEASURES[0], kinds):.2f}, {figure(some, MEASURES[1], kinds):.2f} px"
-                    for kinds in (KEEPING, REPLACING)
+            few = [result for result in results[row.name] if result["clip"] < FEW]
+            versions.append((f"{row.label}, the {FEW} clips of the rows below", few))
+        for label, cells in versions:
+            if cells:
+                accuracy, error, consistency = (statistic(cells, measure) for measure in MEASURES)
+                by_kind = [
+                    f"{statistic(cells, MEASURES[0], kinds):.2f}, {statistic(cells, MEASURES[1], kinds):.2f} px"
+                    for kinds in (SAME_OBJECT, NEW_OBJECT)
                 ]
-                lines.append(f"| {name} | {a:.2f} | {t:.2f} | {' | '.join(parts)} | {f:.3f} | {a.cells} |")
+                columns = [label, f"{accuracy:.2f}", f"{error:.2f}", *by_kind, f"{consistency:.3f}", accuracy.cells]
+                lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines) + "\n"
 
 
-def picture(folder: Path) -> str:
-    """Accuracy against path error (its axis is logarithmic), a dot a cell and a large one a row, as an SVG."""
-    wide, high, left, right, top, bottom = 860, 420, 60, 290, 24, 46
-    colours = ("#d1495b", "#7d8590", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d", "#3d405b")
-    told = gathered(folder)
-    every = [cell for cells in told.values() for cell in cells]
-    lowest = min((int(4 * cell["edit_accuracy"]) / 4 for cell in every), default=0.0)
-    nearest, furthest = 0.5, 1.2 * max([1.0, *(cell["trajectory_error_px"] for cell in every)])
+def make_figure(directory: Path) -> str:
+    """An SVG of edit accuracy against path error: a small dot for each cell, a large one for the mean of each row."""
+    colours = ("#d1495b", "#7d8590", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d", "#3fa7a0")
+    results = read_results(directory)
 
-    def at(error: float, accuracy: float) -> tuple[float, float]:
-        across = np.log(max(error, nearest) / nearest) / np.log(furthest / nearest)
-        up = (accuracy - lowest) / max(1 - lowest, 0.25)
-        return left + (wide - left - right) * float(across), high - bottom - (high - top - bottom) * up
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import PercentFormatter
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{wide}" height="{high}" fill="white"/>',
-    ]
-    for share in np.arange(lowest, 1.001, 0.125 if lowest >= 0.5 else 0.25):
-        _, y = at(nearest, share)
-        parts.append(f'<line x1="{left}" x2="{wide - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{share:.0%}</text>')
-    for pixels in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
-        x, y = at(pixels, lowest)
-        if pixels <= furthest:
-            parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" fill="#555">{pixels:g}</text>')
-    parts.append(f'<text x="{left}" y="{high - 8}" fill="#555">distance from the source\'s path, pixels</text>')
-    parts.append(f'<text x="{left}" y="13" fill="#555">frames that show what the prompt says</text>')
-    dots, means = [], []
-    for i, (row, colour) in enumerate(zip(ROWS, colours, strict=True)):
-        if not told[row.name]:
-            continue
-        for cell in told[row.name]:
-            x, y = at(cell["trajectory_error_px"], cell["edit_accuracy"])
-            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" opacity="0.35"/>')
-        x, y = at(figure(told[row.name], "trajectory_error_px").mean, figure(told[row.name], "edit_accuracy").mean)
-        means.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}" stroke="white" stroke-width="1.5"/>')
-        parts.append(f'<circle cx="{wide - right + 20}" cy="{40 + 22 * i}" r="5" fill="{colour}"/>')
-        parts.append(f'<text x="{wide - right + 31}" y="{44 + 22 * i}" fill="#222">{row.told}</text>')
-    # The full method's dot lies on top.
-    return "\n".join([*parts, *dots, *reversed(means), "</svg>"]) + "\n"
+        for i, (row, colour) in enumerate(zip(ROWS, colours, strict=True)):
+            if cells := results[row.name]:
+                x, y = ([cell[measure] for cell in cells] for measure in ("trajectory_error_px", "edit_accuracy"))
+                axes.scatter(x, y, s=20, color=colour, alpha=0.5, linewidth=0, gid=f"cells-{row.name}")
+                mean = [statistic(cells, measure).mean for measure in ("trajectory_error_px", "edit_accuracy")]
+                # The full method is drawn last, on top.
+                axes.scatter(*mean, s=110, color=colour, edgecolor="white", label=row.label, zorder=3 + len(ROWS) - i)
+        axes.set(xlabel="path error, pixels", ylabel="edit accuracy", xscale="log")
+        ticks = (0.5, 1, 2, 4, 8, 16, 32)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y")
+        if any(results.values()):
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+    return plot(draw, (11, 5))
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_world", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/sprites"), help="the cells' folder (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/demo_world"), help="results (%(default)s)")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], help="only these rows")
     parser.add_argument("--clips", type=int, default=CLIPS, help="only the first clips (%(default)s)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="only the first seeds (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
-    return parser.parse_args(given)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after this time")
+    return parser.parse_args(argv)
 
 
-def main(given: list[str] | None = None) -> int:
-    a, started = arguments(given), time.time()
+def main(argv: list[str] | None = None) -> int:
+    args, settings, started = parse_args(argv), Settings(), time.time()
     compilation_cache.enable()
-    rows = tuple(row for row in ROWS if not a.rows or row.name in a.rows)
-    missing = [cell for cell in cells(rows, a.clips, a.seeds) if not made(a.out / cell.file, Settings())]
-    if not (a.out / "stills.json").exists():
-        write(a.out / "stills.json", composition(Settings()))
+    rows = [row for row in ROWS if not args.rows or row.name in args.rows]
+    cells = all_cells(rows, args.clips, args.seeds)
+    missing = [cell for cell in cells if not has_result(args.out / cell.file, settings)]
+    if not (args.out / "composition.json").exists():
+        write_result(args.out / "composition.json", composition(settings))
     with progress_bar(len(missing), "cells") as bar:
         for cell in missing:
-            if time.time() - started > 60 * a.minutes:
+            if time.time() - started > 60 * args.minutes:
                 break
-            told = compute(cell, Settings())
-            write(a.out / cell.file, told)
-            short = ", ".join(f"{name} {told[name]:.3f}" for name in MEASURES)
-            print(f"{cell.file}: {short}, {told['seconds']:.0f} s", file=sys.stderr, flush=True)
+            result = run_cell(cell, settings)
+            write_result(args.out / cell.file, result)
+            numbers = ", ".join(f"{name} {result[name]:.3f}" for name in MEASURES)
+            print(f"{cell.file}: {numbers}, {result['seconds']:.0f} s", file=sys.stderr, flush=True)
             bar.update()
-    (a.out / "table.md").write_text(table(a.out))
-    (a.out / "picture.svg").write_text(picture(a.out))
-    print(table(a.out))
+    (args.out / "table.md").write_text(make_table(args.out))
+    (args.out / "figure.svg").write_text(make_figure(args.out))
+    print(make_table(args.out))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: it can be stopped anywhere, and what it writes is a Stable Diffusion."""
+"""Pretraining of the demo model: it continues after an interruption, and writes a Stable Diffusion pipeline."""
 
 import json
 
@@ -7,47 +7,49 @@ import numpy as np
 import pytest
 
 from tav_jax import TuneAVideo
-from tools import pretrain_demo_model as pretrain
+from tools import pretrain_demo_model
 from tools.pretrain_demo_model import Recipe
 
 
-def lesson(workdir, steps, upto=None):
-    """A toy: a vector learns the mean of random rows."""
+def fit_mean(workdir, steps, interrupt_at=None):
+    """A vector is fitted to the mean of random rows."""
 
     def loss(params, key, row):
         return jnp.mean((params["w"] - row) ** 2)
 
     def batch(step):
-        if step == upto:
+        if step == interrupt_at:
             raise KeyboardInterrupt
         return (np.random.default_rng(step).normal(size=3).astype(np.float32),)
 
-    tx = pretrain.optimizer(0.1, steps)
-    return pretrain.fit("toy", loss, {"w": jnp.zeros(3)}, tx, steps, batch, workdir, decay=0.9, every=5)
+    tx = pretrain_demo_model.optimizer(0.1, steps)
+    params = {"w": jnp.zeros(3)}
+    return pretrain_demo_model.fit("toy", loss, params, tx, steps, batch, workdir, decay=0.9, save_every=5)
 
 
-def test_a_stopped_lesson_goes_on_to_the_same_bits(tmp_path):
-    whole = lesson(tmp_path / "whole", 20) if (tmp_path / "whole").mkdir() is None else None
-    (tmp_path / "parts").mkdir()
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    expected = fit_mean(whole, 20)
     with pytest.raises(KeyboardInterrupt):
-        lesson(tmp_path / "parts", 20, upto=13)
-    assert np.array_equal(lesson(tmp_path / "parts", 20)["w"], whole["w"])
-    lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "toy.jsonl").read_text().splitlines()]
-    assert lines == [5, 10, 15, 20]
+        fit_mean(parts, 20, interrupt_at=13)
+    assert np.array_equal(fit_mean(parts, 20)["w"], expected["w"])
+    assert [json.loads(line)["step"] for line in (parts / "toy.jsonl").read_text().splitlines()] == [5, 10, 15, 20]
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_finished_lesson_is_not_begun_again(tmp_path):
-    first = lesson(tmp_path, 10)
-    assert np.array_equal(lesson(tmp_path, 10, upto=0)["w"], first["w"])
+def test_a_finished_run_is_not_repeated(tmp_path):
+    first = fit_mean(tmp_path, 10)
+    assert np.array_equal(fit_mean(tmp_path, 10, interrupt_at=0)["w"], first["w"])
 
 
 @pytest.mark.slow
-def test_the_whole_recipe_in_small_makes_a_model_that_opens(tmp_path):
-    steps = {"vae_steps": 2, "polish_steps": 2, "pictures": 128, "unet_steps": 2, "unet_batch": 4}
+def test_a_small_recipe_writes_a_model_that_loads(tmp_path):
+    steps = {"vae_steps": 2, "vae_object_steps": 2, "images": 128, "unet_steps": 2, "unet_batch": 4}
     widths = {"vae_widths": (8, 8, 16), "unet_widths": (16, 32, 32), "unet_heads": (1, 2, 2), "text_width": 32}
     recipe = Recipe(**steps, **widths)
-    pretrain.make(recipe, tmp_path / "work", tmp_path / "model")
+    pretrain_demo_model.pretrain(recipe, tmp_path / "work", tmp_path / "model")
     tav = TuneAVideo.from_pretrained(tmp_path / "model", dtype="float32")
     assert tav.encode_text("a red star on snow").shape == (1, 77, recipe.text_width)
     frames = np.zeros((2, 64, 64, 3), np.uint8)

@@ -1,17 +1,16 @@
-"""How the embedded model was made: `python -m tools.pretrain_demo_model --workdir=out/pretrain`
+"""Pretrains the demo model: `python -m tools.pretrain_demo_model --workdir=out/pretrain`
 
-Three stages, each kept on disk so that the same line goes on where it was stopped: an autoencoder is learned from
-stills of the drawn world; many stills are encoded once; a UNet learns to denoise them, together with its text encoder.
-What comes out is a Stable Diffusion in the Diffusers layout, in half precision.
+Three stages: an autoencoder is trained on images of the demo world; many images are encoded once; a UNet is trained to
+denoise them, together with its text encoder. Each stage saves its state in `workdir`, and the same command continues
+an interrupted run. The result is a Stable Diffusion pipeline in the Diffusers layout, in half precision.
 """
 
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,33 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from safetensors.numpy import save_file
+from jaxtyping import UInt8
 
 from tav_jax import TavError
-from tav_jax.demo.vocabulary import END, LENGTH, START, vocabulary, write_tokenizer
-from tav_jax.demo.world import OUTLINE, coverage, distance, scenes, still
+from tav_jax.demo.edits import MODEL
+from tav_jax.demo.world import OUTLINE, Pose, Scene, all_scenes, coverage, render, signed_distance
 from tav_jax.diffusion.schedule import NoiseSchedule, add_noise
 from tav_jax.io.progress import progress_bar
 from tav_jax.io.tokenizer import load_tokenizer, tokenize
-from tav_jax.io.weights import TEMPORAL, torch_tensors
-from tav_jax.models import VAE, ClipText, ClipTextConfig, UNet, UNetConfig, VAEConfig
+from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
 from tav_jax.models.attention import TransformerBlock
-
-HERE = Path(__file__).parent / "model"
-
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    # Stable Diffusion's 0.012 leaves a picture of 16 × 16 latents visible under the most noise: what was inverted would
-    # keep its colours whatever the words say.
-    "beta_end": 0.02,
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+from tools.demo_model_files import LENGTH, SCHEDULER, vocabulary, write_pipeline, write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,17 +41,17 @@ class Recipe:
     vae_steps: int = 4000
     vae_batch: int = 8
     vae_learning_rate: float = 2e-3
-    vae_kl: float = 1e-4  # weight of the posterior's divergence, a latent number
-    polish_steps: int = 2000  # in which the object's pixels count more, for its edges
-    polish_weight: float = 6.0
-    pictures: int = 32768  # stills that the UNet learns from
+    vae_kl: float = 1e-4  # weight of the KL divergence, per latent number
+    vae_object_steps: int = 2000  # further steps with a higher weight on the object, for sharp edges
+    vae_object_weight: float = 6.0
+    images: int = 32768  # encoded images that the UNet is trained on
     unet_steps: int = 12000
     unet_batch: int = 16
     unet_learning_rate: float = 1e-3
-    object_weight: float = 4.0  # of the errors on the object, where there is little noise
-    alike: int = 4  # stills of one caption that are denoised together, in every second batch; see `choose`
-    glimpse: float = 0.25  # of its positions that a picture's self-attention may look at; see `Glimpse`
-    caption_dropout: float = 0.1  # for guidance
+    unet_object_weight: float = 4.0  # weight of the errors on the object, at low noise
+    group_size: int = 4  # images of one caption that are denoised as one clip in every second batch; see `sample_batch`
+    key_fraction: float = 0.25  # of its positions that an image's self-attention attends to; see `SubsampledLinear`
+    caption_dropout: float = 0.1  # for classifier-free guidance
     ema: float = 0.9995
 
     vae_widths: tuple[int, ...] = (16, 32, 64)
@@ -80,7 +63,7 @@ class Recipe:
         return VAEConfig(block_out_channels=self.vae_widths, layers_per_block=1, norm_num_groups=8)
 
     def unet(self) -> UNetConfig:
-        """In its one-frame form: each picture sees itself, and time does not exist."""
+        """A 2D UNet: spatial attention within each frame, no temporal attention."""
         return UNetConfig(
             block_out_channels=self.unet_widths,
             layers_per_block=1,
@@ -104,28 +87,37 @@ class Recipe:
         )
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+def training_image(seed: int) -> tuple[Scene, Pose, UInt8[np.ndarray, "64 64 3"]]:
+    """A random scene that is not held out, and its image. Depends only on the seed."""
+    rng = np.random.default_rng((seed, 1))
+    while (scene := Scene.sample(rng)).held_out:
+        pass
+    pose = Pose.sample(rng)
+    return scene, pose, render(scene, pose)
 
 
-class State(NamedTuple):
+# ------------------------------------------------------------------------------------------------ training loop
+
+
+class TrainState(NamedTuple):
     step: Any
     params: Any
-    moments: Any
-    average: Any  # of the parameters, over the last few thousand steps: what is used in the end
+    opt_state: Any
+    average: Any  # exponential moving average of the parameters, used in the end
 
 
-def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(300, steps // 10), steps, rate / 50)
+def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(300, steps // 10), steps, learning_rate / 50)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
 
 
 def save(file: Path, tree: Any) -> None:
-    """All or nothing: the file is renamed into its place when it is whole."""
+    """Write to a temporary file and rename it, so that the file is always complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    with scratch.open("wb") as out:
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as out:
         np.savez(out, *(np.asarray(leaf) for leaf in jax.tree.leaves(tree)))
-    os.replace(scratch, file)
+    os.replace(partial, file)
 
 
 def load(file: Path, like: Any) -> Any:
@@ -134,8 +126,8 @@ def load(file: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def begin(workdir: Path, name: str, params: Any) -> Any:
-    """Fresh parameters, or those that an earlier recipe has learned where somebody put them into the folder."""
+def initial_params(workdir: Path, name: str, params: Any) -> Any:
+    """The parameters in `<name>-start.npz`, which an earlier run may have left there, or else `params`."""
     file = workdir / f"{name}-start.npz"
     return load(file, params) if file.exists() else params
 
@@ -150,21 +142,21 @@ def fit(
     workdir: Path,
     *,
     decay: float,
-    every: int = 500,
+    save_every: int = 500,
 ) -> Any:
-    """Go on from the newest state in `workdir`, to the end; gives the averaged parameters."""
+    """Train up to `steps` from the newest state in `workdir`; return the averaged parameters."""
 
     @jax.jit(donate_argnums=0)
-    def advance(state: State, *data):
+    def train_step(state: TrainState, *data):
         value, grads = jax.value_and_grad(loss)(state.params, jax.random.fold_in(key, state.step), *data)
-        updates, moments = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        share = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(lambda a, p: share * a + (1 - share) * p, state.average, params)
-        return State(state.step + 1, params, moments, average), value
+        d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(lambda a, p: d * a + (1 - d) * p, state.average, params)
+        return TrainState(state.step + 1, params, opt_state, average), value
 
     key = jax.random.key(1)
-    state = State(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params))
+    state = TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params))
     file = workdir / f"{name}.npz"
     if file.exists():
         state = load(file, state)
@@ -172,14 +164,14 @@ def fit(
     with progress_bar(steps, name) as bar, (workdir / f"{name}.jsonl").open("a") as log:
         bar.update(first)
         for step in range(first, steps):
-            state, value = advance(state, *batch(step))
+            state, value = train_step(state, *batch(step))
             losses.append(value)
             bar.update()
-            if (step + 1) % every == 0 or step + 1 == steps:
+            if (step + 1) % save_every == 0 or step + 1 == steps:
                 mean = float(np.mean(jax.device_get(losses)))
                 bar.set_postfix(loss=f"{mean:.4f}")
-                rate = (time.time() - started) / len(losses)
-                print(json.dumps({"step": step + 1, "loss": mean, "seconds_per_step": rate}), file=log, flush=True)
+                seconds = (time.time() - started) / len(losses)
+                print(json.dumps({"step": step + 1, "loss": mean, "seconds_per_step": seconds}), file=log, flush=True)
                 losses, started = [], time.time()
                 save(file, state)
     return state.average
@@ -188,278 +180,200 @@ def fit(
 # -------------------------------------------------------------------------------------------------- autoencoder
 
 
-def scaled(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures as the autoencoder sees them, in [−1, 1]."""
-    return np.stack(pictures).astype(np.float32) / 127.5 - 1
+def normalize(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 images as the autoencoder's input, in [−1, 1]."""
+    return np.stack(images).astype(np.float32) / 127.5 - 1
 
 
 def train_vae(recipe: Recipe, workdir: Path) -> VAE:
     graph, params = nnx.split(VAE(recipe.vae(), rngs=nnx.Rngs(recipe.seed)))
-    params = begin(workdir, "vae", params)
+    params = initial_params(workdir, "vae", params)
 
-    def loss(params, key, pictures, weights):
+    def loss(params, key, images, weights):
         vae = nnx.merge(graph, params)
-        mean, std = vae.encode(pictures)
-        again = vae.decode(mean + std * jax.random.normal(key, mean.shape))
+        mean, std = vae.encode(images)
+        reconstruction = vae.decode(mean + std * jax.random.normal(key, mean.shape))
         divergence = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
-        return jnp.mean(weights * (again - pictures) ** 2) + recipe.vae_kl * jnp.mean(divergence)
+        return jnp.mean(weights * (reconstruction - images) ** 2) + recipe.vae_kl * jnp.mean(divergence)
 
-    def drawn(first: int, object_weight: float):
-        """The batches: pictures, and how much each of their pixels counts."""
+    def batches(first: int, object_weight: float):
+        """A function from the step to a batch of images and the weights of their pixels."""
 
         def batch(step):
             start = first + step * recipe.vae_batch
-            scenes, poses, pictures = zip(*(still(start + i) for i in range(recipe.vae_batch)), strict=True)
-            edges = np.stack([distance(scene.shape, pose) for scene, pose in zip(scenes, poses, strict=True)])
-            weights = 1 + (object_weight - 1) * coverage(edges - OUTLINE - 1)
-            return scaled(pictures), weights[..., None].astype(np.float32)
+            scenes, poses, images = zip(*(training_image(start + i) for i in range(recipe.vae_batch)), strict=True)
+            distances = np.stack(
+                [signed_distance(scene.shape, pose) for scene, pose in zip(scenes, poses, strict=True)]
+            )
+            weights = 1 + (object_weight - 1) * coverage(distances - OUTLINE - 1)
+            return normalize(images), weights[..., None].astype(np.float32)
 
         return batch
 
-    for name, steps, rate, first, weight in (
+    for name, steps, learning_rate, first, weight in (
         ("vae", recipe.vae_steps, recipe.vae_learning_rate, 10_000_000, 1.0),
-        ("polish", recipe.polish_steps, recipe.vae_learning_rate / 2, 20_000_000, recipe.polish_weight),
+        ("vae-object", recipe.vae_object_steps, recipe.vae_learning_rate / 2, 20_000_000, recipe.vae_object_weight),
     ):
-        tx = optimizer(rate, steps)
-        params = fit(name, loss, params, tx, steps, drawn(first, weight), workdir, decay=0.998)
+        tx = optimizer(learning_rate, steps)
+        params = fit(name, loss, params, tx, steps, batches(first, weight), workdir, decay=0.998)
     return nnx.merge(graph, params)
 
 
-class Pool(NamedTuple):
-    """Encoded stills, ordered by caption: the posterior of each, and which caption it has."""
+class Latents(NamedTuple):
+    """The posteriors of the encoded images, sorted by caption."""
 
     mean: Any
     std: Any
-    caption: Any
-    object: Any  # how much of each latent number's place the object covers, and its rim
+    caption: Any  # index of the caption
+    object: Any  # the fraction of each position that the object and its outline cover
 
 
-def encode_pool(recipe: Recipe, vae: VAE, workdir: Path) -> tuple[Pool, float]:
-    """Also gives the scaling factor that makes the latents' variance 1."""
-    file, group = workdir / "pool.npz", 128
-    numbers = {scene.caption: i for i, scene in enumerate(scenes())}
+def encode_images(recipe: Recipe, vae: VAE, workdir: Path) -> tuple[Latents, float]:
+    """The latents of all images, and the scaling factor that gives them unit variance."""
+    file, batch_size = workdir / "latents.npz", 128
+    caption_ids = {scene.caption: i for i, scene in enumerate(all_scenes())}
     encode = jax.jit(lambda vae, x: vae.encode(x))
     if not file.exists():
         parts = []
-        with progress_bar(recipe.pictures, "encoding") as bar:
-            for first in range(0, recipe.pictures, group):
-                drawn = [still(first + i) for i in range(group)]
-                mean, std = encode(vae, scaled([picture for *_, picture in drawn]))
-                captions = np.array([numbers[scene.caption] for scene, *_ in drawn], np.int32)
-                covered = np.stack([coverage(distance(scene.shape, pose) - OUTLINE) for scene, pose, _ in drawn])
+        with progress_bar(recipe.images, "encoding") as bar:
+            for first in range(0, recipe.images, batch_size):
+                batch = [training_image(first + i) for i in range(batch_size)]
+                mean, std = encode(vae, normalize([image for *_, image in batch]))
+                captions = np.array([caption_ids[scene.caption] for scene, *_ in batch], np.int32)
+                covered = np.stack([coverage(signed_distance(s.shape, pose) - OUTLINE) for s, pose, _ in batch])
                 h, w = mean.shape[1:3]
-                covered = covered.reshape(group, h, covered.shape[1] // h, w, -1).max(axis=(2, 4))
-                halves = [np.asarray(x, np.float16) for x in (mean, std, covered)]
-                parts.append(Pool(halves[0], halves[1], captions, halves[2]))
-                bar.update(group)
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        order = np.argsort(Pool(*columns).caption, kind="stable")
-        save(file, Pool(*(column[order] for column in columns)))
-    pool = load(file, Pool(0, 0, 0, 0))
-    return pool, 1 / float(np.std(np.asarray(pool.mean, np.float32)))
+                covered = covered.reshape(batch_size, h, covered.shape[1] // h, w, -1).max(axis=(2, 4))
+                half = [np.asarray(x, np.float16) for x in (mean, std, covered)]
+                parts.append(Latents(half[0], half[1], captions, half[2]))
+                bar.update(batch_size)
+        latents = Latents(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        order = np.argsort(latents.caption, kind="stable")
+        save(file, Latents(*(column[order] for column in latents)))
+    latents = load(file, Latents(0, 0, 0, 0))
+    return latents, 1 / float(np.std(np.asarray(latents.mean, np.float32)))
 
 
 # --------------------------------------------------------------------------------------------------------- UNet
 
 
 class Denoiser(nnx.Module):
-    """What is learned together."""
+    """UNet and text encoder, which are trained together."""
 
     def __init__(self, recipe: Recipe):
         rngs = nnx.Rngs(recipe.seed + 1)
         self.unet = UNet(recipe.unet(), rngs=rngs)
         self.text_encoder = ClipText(recipe.text(), rngs=rngs)
-        # The token embeddings of CLIP are small; Flax would draw them fifty times as large as what is learned on top.
+        # CLIP's initial embeddings are small. Flax's are fifty times as large as the updates of this training.
         for embed in (self.text_encoder.embeddings.token_embedding, self.text_encoder.embeddings.position_embedding):
             embed.embedding.set_value(0.1 * jax.random.normal(rngs.params(), embed.embedding.shape))
 
     def __call__(self, x: jax.Array, t: jax.Array, ids: jax.Array) -> jax.Array:
-        return self.unet(x, t, self.text_encoder(ids))
+        return self.unet(x, t, Conditioning(self.text_encoder(ids)))
 
 
-class Glimpse(nnx.Module):
-    """A projection of some positions only, drawn by `key`: keys and values that share it are of the same positions.
+class SubsampledLinear(nnx.Module):
+    """A projection of a random subset of the positions. Keys and values with the same `key` use the same subset.
 
-    In a clip, a frame's self-attention will look at other frames and not at itself. A network as small as this one
-    would learn to find each position's own content there; one that never knows which positions it will be shown
-    learns what is true of the whole picture. Large networks come by this through their data.
+    In an inflated UNet, the self-attention of a frame attends to other frames and not to itself. A UNet of this size
+    that always attends to its own frame learns to read each position's own content there, and fails when inflated.
+    With random subsets it learns features of the whole image instead. Large networks learn these from their data.
     """
 
-    def __init__(self, linear: nnx.Linear, share: float, key: jax.Array):
-        self.linear, self.share, self.key = linear, share, nnx.data(key)
+    def __init__(self, linear: nnx.Linear, fraction: float, key: jax.Array):
+        self.linear, self.fraction, self.key = linear, fraction, nnx.data(key)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         positions = x.shape[-2]
-        kept = jax.random.permutation(self.key, positions)[: max(1, round(self.share * positions))]
-        return self.linear(x[..., kept, :])
+        subset = jax.random.permutation(self.key, positions)[: max(1, round(self.fraction * positions))]
+        return self.linear(x[..., subset, :])
 
 
-def blindfold(unet: UNet, share: float, key: jax.Array) -> None:
-    """Let each self-attention look at so large a share of the positions."""
+def subsample_keys(unet: UNet, fraction: float, key: jax.Array) -> None:
+    """Restrict every self-attention layer to a random fraction of the positions."""
     blocks = [module for _, module in nnx.iter_modules(unet) if isinstance(module, TransformerBlock)]
-    for block, own in zip(blocks, jax.random.split(key, len(blocks)), strict=True):
-        seeing: Any = block.attn1
-        seeing.to_k, seeing.to_v = (Glimpse(x, share, own) for x in (seeing.to_k, seeing.to_v))
+    for block, block_key in zip(blocks, jax.random.split(key, len(blocks)), strict=True):
+        attention: Any = block.attn1
+        attention.to_k, attention.to_v = (
+            SubsampledLinear(x, fraction, block_key) for x in (attention.to_k, attention.to_v)
+        )
 
 
-def choose(recipe: Recipe, captions: np.ndarray, step: int) -> np.ndarray:
-    """The pictures of a batch, as [pictures of a clip's kind, frames].
+def sample_batch(recipe: Recipe, captions: np.ndarray, step: int) -> np.ndarray:
+    """Indices of a batch of latents, [groups, images].
 
-    Every second batch is made of single pictures. In the others a few with the same caption are denoised together and
-    share the statistics of their group norms, as the frames of a clip do. Without that, a network that normalises over
-    so few numbers learns that a picture holds one object, and draws one object in the whole clip.
+    Groups alternate between one image and `group_size` images with the same caption. The images of a group share the
+    statistics of the group norms, as the frames of a clip do. A network of this size that is trained on single images
+    only learns that the statistics belong to one object, and generates one object for a whole clip.
     """
-    rng, frames = np.random.default_rng((recipe.seed, step)), (1, recipe.alike)[step % 2]
-    first = captions[rng.integers(0, len(captions), recipe.unet_batch // frames)]
-    low, high = (np.searchsorted(captions, first, side) for side in ("left", "right"))
-    return rng.integers(low[:, None], high[:, None], (len(first), frames))
+    rng, images = np.random.default_rng((recipe.seed, step)), (1, recipe.group_size)[step % 2]
+    caption = captions[rng.integers(0, len(captions), recipe.unet_batch // images)]
+    low, high = (np.searchsorted(captions, caption, side) for side in ("left", "right"))
+    return rng.integers(low[:, None], high[:, None], (len(caption), images))
 
 
-def train_unet(recipe: Recipe, pool: Pool, scale: float, workdir: Path) -> Denoiser:
+def train_unet(recipe: Recipe, latents: Latents, scaling_factor: float, workdir: Path) -> Denoiser:
     graph, params = nnx.split(Denoiser(recipe))
-    params = begin(workdir, "unet", params)
+    params = initial_params(workdir, "unet", params)
     write_tokenizer(workdir / "tokenizer")
-    captions = [*(scene.caption for scene in scenes()), ""]
+    captions = [*(scene.caption for scene in all_scenes()), ""]
     ids = jnp.asarray(tokenize(load_tokenizer(workdir / "tokenizer"), captions, LENGTH))
-    levels = jnp.asarray(NoiseSchedule.from_config(SCHEDULER).levels)
+    alphas_cumprod = jnp.asarray(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod)
 
-    def loss(params, key, pool, ids, chosen):
-        clips = len(chosen)
-        for_latents, for_noise, for_time, for_captions, for_glimpses = jax.random.split(key, 5)
-        mean, std, covered = (x[chosen].astype(jnp.float32) for x in (pool.mean, pool.std, pool.object))
-        latents = scale * (mean + std * jax.random.normal(for_latents, mean.shape))
-        noise = jax.random.normal(for_noise, mean.shape)
-        # One timestep from each of equal parts: the batch always sees all amounts of noise.
-        t = jnp.int32((jnp.arange(clips) + jax.random.uniform(for_time, (clips,))) / clips * len(levels))
-        dropped = jax.random.bernoulli(for_captions, recipe.caption_dropout, (clips,))
-        text = ids[jnp.where(dropped, len(captions) - 1, pool.caption[chosen[:, 0]])]
+    def loss(params, key, latents, ids, indices):
+        groups = len(indices)
+        posterior_key, noise_key, time_key, dropout_key, subset_key = jax.random.split(key, 5)
+        mean, std, covered = (x[indices].astype(jnp.float32) for x in (latents.mean, latents.std, latents.object))
+        x0 = scaling_factor * (mean + std * jax.random.normal(posterior_key, mean.shape))
+        noise = jax.random.normal(noise_key, mean.shape)
+        # Stratified timesteps: each group samples from its own part of the schedule.
+        uniform = jax.random.uniform(time_key, (groups,))
+        t = jnp.int32((jnp.arange(groups) + uniform) / groups * len(alphas_cumprod))
+        dropped = jax.random.bernoulli(dropout_key, recipe.caption_dropout, (groups,))
+        text = ids[jnp.where(dropped, len(captions) - 1, latents.caption[indices[:, 0]])]
         denoiser = nnx.merge(graph, params)
-        blindfold(denoiser.unet, recipe.glimpse, for_glimpses)
-        error = denoiser(jax.vmap(add_noise)(latents, noise, levels[t]), t, text) - noise
-        # Errors at little noise are large in ε and small in the picture: weigh them less, but not away.
-        level = levels[t].reshape(-1, 1, 1, 1, 1)
-        weight = (1 + level / (1 - level) / 5) ** -0.5
-        # The ground's texture is most of a picture and the object's shape is what is looked at. Where the noise hides
-        # where the object is, no pixel may count more: it would teach to see objects everywhere.
-        object_weight = 1 + (recipe.object_weight - 1) * covered[..., None] * (level > 0.1)
+        subsample_keys(denoiser.unet, recipe.key_fraction, subset_key)
+        error = denoiser(jax.vmap(add_noise)(x0, noise, alphas_cumprod[t]), t, text) - noise
+        # At low noise, a large error in ε is a small error in the image.
+        alpha = alphas_cumprod[t].reshape(-1, 1, 1, 1, 1)
+        weight = (1 + alpha / (1 - alpha) / 5) ** -0.5
+        # The object is a small part of the image. Where noise hides its position, it gets no higher weight: the model
+        # would learn to generate objects everywhere.
+        object_weight = 1 + (recipe.unet_object_weight - 1) * covered[..., None] * (alpha > 0.1)
         return jnp.mean(object_weight * weight * error**2)
 
     def batch(step: int):
-        return pool, ids, choose(recipe, known, step)
+        return latents, ids, sample_batch(recipe, image_captions, step)
 
-    known = np.asarray(pool.caption)
+    image_captions = np.asarray(latents.caption)
     tx = optimizer(recipe.unet_learning_rate, recipe.unet_steps)
     average = fit("unet", loss, params, tx, recipe.unet_steps, batch, workdir, decay=recipe.ema)
     return nnx.merge(graph, average)
 
 
-# ------------------------------------------------------------------------------------------------------- export
+def pretrain(recipe: Recipe, workdir: Path, out: Path) -> None:
+    """All stages; writes the pipeline to `out`."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(recipe, workdir)
+    latents, scaling_factor = encode_images(recipe, vae, workdir)
+    denoiser = train_unet(recipe, latents, scaling_factor, workdir)
+    write_pipeline(out, denoiser.unet, vae, denoiser.text_encoder, scaling_factor, asdict(recipe))
 
 
-def export(recipe: Recipe, vae: VAE, scale: float, denoiser: Denoiser, target: Path) -> None:
-    """Write the pipeline directory, in half precision, as Stable Diffusion's are."""
-    u, v, t = recipe.unet(), recipe.vae(), recipe.text()
-
-    def kinds(way: str, attention: tuple[bool, ...]) -> list[str]:
-        return [f"{'CrossAttn' * has}{way}Block2D" for has in attention]
-
-    configs: dict[str, dict[str, Any]] = {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.40.0",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-        "scheduler/scheduler_config.json": SCHEDULER,
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "attention_head_dim": list(u.heads),  # the number of heads, as in Stable Diffusion's own configs
-            "block_out_channels": list(u.block_out_channels),
-            "cross_attention_dim": u.cross_attention_dim,
-            "down_block_types": kinds("Down", u.down_attention),
-            "in_channels": u.in_channels,
-            "layers_per_block": u.layers_per_block,
-            "norm_num_groups": u.norm_num_groups,
-            "out_channels": u.out_channels,
-            "sample_size": 16,
-            "up_block_types": kinds("Up", u.up_attention),
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": list(v.block_out_channels),
-            "down_block_types": ["DownEncoderBlock2D"] * len(v.block_out_channels),
-            "latent_channels": v.latent_channels,
-            "layers_per_block": v.layers_per_block,
-            "norm_num_groups": v.norm_num_groups,
-            "sample_size": 64,
-            "scaling_factor": round(scale, 6),
-            "up_block_types": ["UpDecoderBlock2D"] * len(v.block_out_channels),
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "bos_token_id": vocabulary().index(START),
-            "eos_token_id": vocabulary().index(END),
-            "hidden_act": t.hidden_act,
-            "hidden_size": t.hidden_size,
-            "intermediate_size": t.intermediate_size,
-            "max_position_embeddings": t.max_position_embeddings,
-            "model_type": "clip_text_model",
-            "num_attention_heads": t.num_attention_heads,
-            "num_hidden_layers": t.num_hidden_layers,
-            "pad_token_id": vocabulary().index(END),
-            "projection_dim": t.hidden_size,
-            "vocab_size": t.vocab_size,
-        },
-        "recipe.json": asdict(recipe),
-    }
-    shutil.rmtree(target, ignore_errors=True)
-    write_tokenizer(target / "tokenizer")
-    for name, config in configs.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(json.dumps(config, indent=2) + "\n")
-    for part, module in (("unet", denoiser.unet), ("vae", vae), ("text_encoder", denoiser.text_encoder)):
-        tensors = torch_tensors(module, part)
-        halves = {n: x.astype(np.float16) for n, x in tensors.items() if not TEMPORAL.fullmatch(n)}
-        file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        save_file(halves, target / part / file, metadata={"format": "pt"})
-
-
-def arguments(given: list[str] | None = None) -> tuple[Recipe, Path, Path]:
+def parse_args(argv: list[str] | None = None) -> tuple[Recipe, Path, Path]:
     parser = argparse.ArgumentParser(prog="python -m tools.pretrain_demo_model", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="where the state is kept between starts")
-    parser.add_argument("--out", type=Path, default=HERE, help="where the finished model goes (default: %(default)s)")
+    parser.add_argument("--workdir", type=Path, required=True, help="where the state of each stage is saved")
+    parser.add_argument("--out", type=Path, default=MODEL, help="where the pipeline is written (default: %(default)s)")
     for name, value in asdict(Recipe()).items():
         if not isinstance(value, tuple):
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="(%(default)s)")
-    chosen = vars(parser.parse_args(given))
-    workdir, out = chosen.pop("workdir"), chosen.pop("out")
-    return Recipe(**chosen), workdir, out
+    options = vars(parser.parse_args(argv))
+    workdir, out = options.pop("workdir"), options.pop("out")
+    return Recipe(**options), workdir, out
 
 
-def stages(recipe: Recipe, workdir: Path) -> Iterator[tuple[str, Any]]:
-    vae = train_vae(recipe, workdir)
-    yield "vae", vae
-    pool, scale = encode_pool(recipe, vae, workdir)
-    yield "pool", (pool, scale)
-    yield "unet", train_unet(recipe, pool, scale, workdir)
-
-
-def make(recipe: Recipe, workdir: Path, out: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    made = dict(stages(recipe, workdir))
-    export(recipe, made["vae"], made["pool"][1], made["unet"], out)
-
-
-def main(given: list[str] | None = None) -> int:
-    recipe, workdir, out = arguments(given)
-    make(recipe, workdir, out)
+def main(argv: list[str] | None = None) -> int:
+    recipe, workdir, out = parse_args(argv)
+    pretrain(recipe, workdir, out)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     print(f"The model is in {out}: {size / 1e6:.1f} MB of weights.")
     return 0

@@ -1,7 +1,7 @@
 """Measures what an image of the demo world shows from its pixels, without a learned model.
 
-Objects are bright and places are dim, so brightness gives the mask of the object. The mask gives its centre, its colour
-and, by comparison with every shape in all sizes and rotations, its shape; the other pixels give the place and the style.
+Objects are bright and places are dim, so brightness gives the mask of the object. The mask gives its centre, its
+colour and, by comparison with every shape in all sizes and rotations, its shape. The other pixels give place and style.
 """
 
 import functools

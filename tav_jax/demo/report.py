@@ -99,7 +99,7 @@ def render_page(result: DemoResult) -> str:
             GREY, "currentColor"
         ),
         "steps": settings.steps,
-        "smoothing": SMOOTHING,
+        "smoothing": min(SMOOTHING, settings.steps),
         "rows": _rows(result, prompts),
         "psnr": f"{result.reconstruction_psnr_db:.1f}",
         "stages": _stages(result.seconds),
@@ -149,7 +149,7 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
     from matplotlib.figure import Figure
 
     grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    style = {
+    style: Any = {
         **dict.fromkeys(grey, GREY),
         "svg.fonttype": "none",
         "svg.hashsalt": "tav_jax",
@@ -168,7 +168,7 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 
 
 def _draw_paths(axes: Any, result: DemoResult, colours: list[str]) -> None:
-    """The paths as lines, and one group `dots-<frame>` for each frame, of which the page's script shows one at a time."""
+    """The paths as lines, and a group `dots-<frame>` for each frame. The page's script shows one group at a time."""
     centres = np.stack([result.source.centres, *(e.centres for e in result.evaluations)])  # [clips, F, 2]
     widths = [10, *(2.5 for _ in colours)]
     for path, colour, width in zip(centres, [GREY, *colours], widths, strict=True):
@@ -187,6 +187,7 @@ def _draw_losses(axes: Any, losses: Float[np.ndarray, "N"]) -> None:
     axes.plot(np.arange(len(smooth)) + 1 + window // 2, smooth, color=COLOURS[1], linewidth=2.5)
     axes.set(xlabel="tuning step", ylabel="loss", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y")
 
 

@@ -1,4 +1,4 @@
-"""`tav demo`: tune, invert and edit a rendered clip with the embedded model, and compare the edits with the ground truth."""
+"""`tav demo`: tune, invert and edit a rendered clip with the demo model, and evaluate the edits."""
 
 import contextlib
 import sys
@@ -91,9 +91,7 @@ def edit_clip(result: DemoResult, prompts: Sequence[str], expected: Sequence[Dem
     with timed("loading", 1):
         tav = TuneAVideo.from_pretrained(MODEL, dtype="float32", seed=settings.seed)
     with timed("tuning"):
-        tuned = tav.tune(
-            clip, caption, steps=settings.steps, learning_rate=settings.learning_rate, seed=settings.seed
-        )
+        tuned = tav.tune(clip, caption, steps=settings.steps, learning_rate=settings.learning_rate, seed=settings.seed)
     progress = sys.stderr.isatty() or None
     with timed("inverting"):
         noise = tav.invert(clip, steps=settings.inversion_steps, progress=progress)

@@ -72,7 +72,7 @@ def all_scenes() -> Iterator[Scene]:
 
 @dataclass(frozen=True)
 class Pose:
-    """Position, size and rotation of the object, and the offset of the visible part of the periodic background texture."""
+    """Position, size and rotation of the object, and the offset of the visible part of the background texture."""
 
     x: float
     y: float
@@ -203,7 +203,9 @@ def texture(place: str) -> Float[np.ndarray, "128 128 3"]:
     if place == "wood":
         plank = np.minimum(x % 16, 16 - x % 16)
         grain = 0.35 + 0.35 * np.sin(2 * np.pi * 3 * y / TEXTURE_SIZE + 2.2 * np.floor(x / 16))
-        return _blend(_blend((0.22, 0.13, 0.05), (0.32, 0.21, 0.11), grain), (0.13, 0.08, 0.04), np.clip(1.6 - plank, 0, 1))
+        return _blend(
+            _blend((0.22, 0.13, 0.05), (0.32, 0.21, 0.11), grain), (0.13, 0.08, 0.04), np.clip(1.6 - plank, 0, 1)
+        )
     if place == "stones":
         return _blend((0.24, 0.24, 0.25), (0.10, 0.10, 0.11), _cell_borders(rng, 81, 2.5))
     if place == "clouds":
