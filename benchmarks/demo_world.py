@@ -244,7 +244,7 @@ def make_figure(directory: Path) -> str:
         if any(results.values()):
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
-    return plot(draw, (11, 5))
+    return plot(draw, (11.0, 5.0))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -149,7 +149,7 @@ def test_report_plots():
     assert report.GREY not in page[page.index("<svg") : page.index("</svg>")]  # currentColor, for light and dark mode
     assert "tuning step</text>" in page
     paths = ElementTree.fromstring(re.search(r"<svg.*?</svg>", page, re.S)[0])
-    dots = [paths.findall(f".//*[@id='dots-{frame}']//{{*}}use") for frame in range(8)]
+    dots = [paths.findall(f".//*[@id='dots-{frame}']//{{*}}path") for frame in range(8)]
     assert [len(found) for found in dots] == [5, 5, 4, 5, 5, 5, 5, 5]  # source and four edits
     assert "tav demo --out=DIR --clip=7 --steps=40</pre>" in page
     assert "source_clip(7, frames=8)" in page
