@@ -90,12 +90,12 @@ def render_page(result: DemoResult) -> str:
         "cards": _cards(result, prompts, colours),
         "last_frame": settings.frames - 1,
         "interval": round(1000 / FPS),
-        "paths": plot(lambda axes: _draw_paths(axes, result, colours), (5.2, 5.2)).replace(GREY, "currentColor"),
+        "paths": plot(lambda axes: _draw_paths(axes, result, colours), (4.4, 4.4)).replace(GREY, "currentColor"),
         "legend": "".join(
             f'<li><i style="background:{colour}"></i>{html.escape(text)}</li>'
             for colour, text in zip([GREY, *colours], ["source", *prompts], strict=True)
         ),
-        "losses": plot(lambda axes: _draw_losses(axes, np.asarray(result.losses)), (5.2, 5.2)).replace(
+        "losses": plot(lambda axes: _draw_losses(axes, np.asarray(result.losses)), (4.4, 4.4)).replace(
             GREY, "currentColor"
         ),
         "steps": settings.steps,
@@ -170,12 +170,12 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 def _draw_paths(axes: Any, result: DemoResult, colours: list[str]) -> None:
     """The paths as lines, and a group `dots-<frame>` for each frame. The page's script shows one group at a time."""
     centres = np.stack([result.source.centres, *(e.centres for e in result.evaluations)])  # [clips, F, 2]
-    widths = [10, *(2.5 for _ in colours)]
+    widths = [8, *(2 for _ in colours)]
     for path, colour, width in zip(centres, [GREY, *colours], widths, strict=True):
         found = path[np.isfinite(path).all(axis=1)]
         axes.plot(*found.T, color=colour, linewidth=width, alpha=0.35 if colour == GREY else 0.9)
     for frame, points in enumerate(centres.swapaxes(0, 1)):
-        axes.scatter(*points.T, c=[GREY, *colours], s=[150, *(40 for _ in colours)], zorder=3, gid=f"dots-{frame}")
+        axes.scatter(*points.T, c=[GREY, *colours], s=[100, *(30 for _ in colours)], zorder=3, gid=f"dots-{frame}")
     axes.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0), aspect="equal", xlabel="x, pixels", ylabel="y, pixels")
     axes.set(xticks=range(0, IMAGE_SIZE + 1, 16), yticks=range(0, IMAGE_SIZE + 1, 16))
 
