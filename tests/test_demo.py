@@ -240,8 +240,8 @@ def test_negative_clip_is_refused(tmp_path):
 
 def test_compilation_cache_directory_and_its_fallback(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compilation_cache.folder().is_relative_to(tmp_path / "tav_jax" / "compiled")
+    assert compilation_cache.compiled_directory().is_relative_to(tmp_path / "tav_jax" / "compiled")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    assert compilation_cache.folder().is_relative_to(tmp_path / "temporary")
+    assert compilation_cache.compiled_directory().is_relative_to(tmp_path / "temporary")
