@@ -50,7 +50,7 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
 
     from tav_jax.diffusion.samplers import guided
     from tav_jax.models import UNet, UNetConfig
-    from tav_jax.plan import flops
+    from tav_jax.plan import hlo
     from tav_jax.training import train_step
 
     config = UNetConfig.sd1()
@@ -80,7 +80,7 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
         rest = (latents, jnp.ones_like(latents), text, jnp.linspace(0.999, 0.005, 1000), hyper)
         options = {"prediction": "epsilon", "remat": a.remat}
         arguments = (graph, learner, frozen, jax.random.key(0), jnp.int32(0), *rest)
-        count = flops.count(train_step.tune_step.trace(*arguments, **options).jaxpr)
+        count = hlo.count_flops(train_step.tune_step.trace(*arguments, **options).jaxpr)
 
         def step() -> None:
             nonlocal learner
@@ -98,7 +98,7 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
             return (guided(denoise, level) if job == "sample" else denoise)(x, jnp.int32(500))
 
         run = jax.jit(network)
-        count = flops.count(run.trace(unet, latents, text).jaxpr)
+        count = hlo.count_flops(run.trace(unet, latents, text).jaxpr)
 
         def step() -> None:
             jax.block_until_ready(run(unet, latents, text))

@@ -13,7 +13,7 @@ import numpy as np
 from tav_jax import TuneAVideo
 from tav_jax.diffusion import programs
 from tav_jax.models import Conditioning
-from tav_jax.plan import collectives
+from tav_jax.plan import hlo
 from tav_jax.training.train_step import Hyperparameters
 from tav_jax.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:
     with tav.numerics():
         arguments = (tav.components.unet, rows, np.full(4, 500, np.int32), Conditioning(text))
         compiled = programs.call_unet.lower(*arguments).compile()
-    found = collectives.read(compiled.as_text(), jax.device_count())
+    found = hlo.collectives(compiled.as_text(), jax.device_count())
     return max((one.bytes for one in found if one.kind == "all-gather"), default=0)
 
 

@@ -1,5 +1,5 @@
-"""`tav plan`: names of topologies, operations counted, collectives and traffic read, refusals understood, advice. Real
-compilations are in `test_plan_compiled.py`."""
+"""`tav plan` without the TPU compiler: topologies, jobs, FLOP counts, HLO analysis, errors, changes that would fit, the
+report cache and the sweep. `test_plan_compiled.py` compiles with it."""
 
 import dataclasses
 import importlib.util
@@ -14,18 +14,20 @@ from conftest import REFERENCE
 from flax import nnx
 from jax.experimental import pallas as pl
 
+from benchmarks import plan_sweep
 from tav_jax import config
 from tav_jax.errors import InputError, MissingError
-from tav_jax.models import UNet, UNetConfig
-from tav_jax.plan import advice, chips, collectives, estimate, flops, job, keep, measure, page, prepare, sweep, traffic
-from tav_jax.plan.measure import Report, needed_bytes
-from tav_jax.plan.planner import Planner
+from tav_jax.models import Conditioning, UNet, UNetConfig
+from tav_jax.plan import compile, hlo, prepare_environment
+from tav_jax.plan.chips import GIB, parse_topology
+from tav_jax.plan.compile import Report, ReportCache, needed_bytes
+from tav_jax.plan.programs import Job, read_job
+from tav_jax.plan.report import find_changes, format_json, format_table
 from tav_jax.training import train_step
 
-GIB = 2**30
 MODEL = REFERENCE / "sd2/model"
 
-# ------------------------------------------------------------------------------------------------------- topologies
+# ------------------------------------------------------------------------------------------------- topologies and jobs
 
 
 @pytest.mark.parametrize(
@@ -41,87 +43,120 @@ MODEL = REFERENCE / "sd2/model"
         ("v6e-256", "v6e", "16x16", 256),
     ],
 )
-def test_a_topology_by_either_of_its_names(name, chip, layout, count):
-    topology = chips.read(name)
+def test_topology_names(name, chip, layout, count):
+    topology = parse_topology(name)
     assert (topology.chip.name, topology.layout, topology.chips) == (chip, layout, count)
-    assert chips.read(topology.name) == topology
+    assert parse_topology(topology.name) == topology
 
 
 @pytest.mark.parametrize("name", ["v5e-3", "v5e:3x3", "v5e:4x2", "v5p-4", "v5e"])
-def test_a_topology_that_there_is_not_is_refused_with_those_that_there_are(name):
-    family = name[:3]
-    with pytest.raises(InputError, match=f"there is no topology '{name}'.*{family}-8") as caught:
-        chips.read(name)
+def test_an_unknown_topology_is_refused_with_the_known_ones(name):
+    with pytest.raises(InputError, match=f"there is no topology '{name}'.*{name[:3]}-8") as caught:
+        parse_topology(name)
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- operations
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "somebody/flux"}, "model.path is 'somebody/flux', .* use --config.model.path=sd1"),
+        ({"frames": 0}, "clip.frames is 0, .* give their number"),
+        ({"height": 500}, "clip.height 500 is not a multiple of 8; use 496"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_refused(changes, message):
+    settings = config.get_config()
+    settings.model.path = changes.pop("path", "sd1")
+    settings.clip.update(changes)
+    with pytest.raises(InputError, match=message):
+        read_job(settings, parse_topology("v5e-8"))
 
 
-def counted(function, *shapes) -> float:
-    return flops.count(jax.jit(function).trace(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr)
+def test_model_shapes_come_from_a_preset_or_a_directory():
+    settings, topology = config.get_config(), parse_topology("v5e-8")
+    assert read_job(settings, topology).model.unet == dataclasses.replace(UNetConfig.sd1(), kernel="fused")
+    settings.model.path = "stabilityai/stable-diffusion-2-1"
+    model = read_job(settings, topology).model
+    assert model.unet == dataclasses.replace(UNetConfig.sd2(), kernel="fused")
+    assert model.prediction == "v_prediction"
+    settings.model.path = str(MODEL)
+    model = read_job(settings, topology).model
+    assert (model.unet.block_out_channels, model.prediction) == ((16, 32, 32), "v_prediction")
 
 
-def test_products_convolutions_loops_and_recomputation_are_counted():
-    assert counted(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
-    assert counted(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+def test_the_error_without_libtpu_names_the_command_that_installs_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    with pytest.raises(MissingError, match="pip install libtpu") as caught:
+        prepare_environment()
+    assert "\n" not in str(caught.value)
 
-    def conv(x, k, stride=1, padding="VALID"):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, k, (stride, stride), padding, dimension_numbers=numbers)
 
-    assert counted(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * 2 * 6 * 6 * 9 * 3 * 5
-    # At the rim of "SAME" a 3×3 kernel meets the picture with 3·8 − 2 of its places along each side.
-    assert counted(lambda x, k: conv(x, k, padding="SAME"), (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * 2 * 22 * 22 * 3 * 5
+# -------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops(function, *shapes) -> float:
+    arguments = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return hlo.count_flops(jax.jit(function).trace(*arguments).jaxpr)
+
+
+def test_flops_of_products_convolutions_loops_and_recomputation():
+    assert flops(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+
+    def conv(x, k, padding="VALID"):
+        return jax.lax.conv_general_dilated(x, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * 2 * 6 * 6 * 9 * 3 * 5
+    # With "SAME" padding, 3·8 − 2 pairs of a position and a tap along each side are inside of the image.
+    assert flops(lambda x, k: conv(x, k, padding="SAME"), (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * 2 * 22 * 22 * 3 * 5
 
     def loop(a, b):
         return jax.lax.scan(lambda x, _: (x @ b, None), a, None, length=6)[0]
 
-    assert counted(loop, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
+    assert flops(loop, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
 
     def gradient(x, w):
         return jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x).sum())(x)
 
-    # Two products forward, both again, and two backward; the first again's second gives nothing that is used but cos.
-    assert counted(gradient, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
+    # Two products forward, two recomputed, two backward.
+    assert flops(gradient, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
 
 
-def test_a_gradient_of_a_strided_convolution_multiplies_with_no_hole():
+def test_flops_of_a_strided_convolutions_gradient_leave_out_the_zeros_of_dilation():
     def down(x, k):
         return jax.lax.conv_general_dilated(x, k, (2, 2), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    forward = counted(down, (1, 8, 8, 3), (3, 3, 3, 5))
-
-    def back(g, k):
+    def gradient(g, k):
         return jax.linear_transpose(lambda x: down(x, k), jnp.zeros((1, 8, 8, 3)))(g)[0]
 
-    assert counted(back, (1, 4, 4, 5), (3, 3, 3, 5)) == forward
+    assert flops(gradient, (1, 4, 4, 5), (3, 3, 3, 5)) == flops(down, (1, 8, 8, 3), (3, 3, 3, 5))
 
 
-def test_a_kernel_is_counted_by_what_it_says_of_itself_or_by_its_grid():
+def test_flops_of_a_kernel_come_from_its_cost_estimate_or_its_grid():
     def kernel(x, y):
         y[...] = x[...] @ x[...]
 
     def call(x, **options):
         return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 8), jnp.float32), grid=(3,), **options)(x)
 
-    assert counted(call, (8, 8)) == 3 * 2 * 8**3
-    told = pl.CostEstimate(flops=77, bytes_accessed=0, transcendentals=0)
-    assert counted(lambda x: call(x, cost_estimate=told), (8, 8)) == 77
+    assert flops(call, (8, 8)) == 3 * 2 * 8**3
+    estimate = pl.CostEstimate(flops=77, bytes_accessed=0, transcendentals=0)
+    assert flops(lambda x: call(x, cost_estimate=estimate), (8, 8)) == 77
 
     def mixed(x):
         return jax.lax.scan(lambda x, _: (call(x) @ x, None), x, length=2)[0]
 
     traced = jax.jit(mixed).trace(jnp.zeros((8, 8)))
-    assert flops.count(traced.jaxpr) == 2 * (3 + 1) * 2 * 8**3
-    assert flops.count(traced.jaxpr, flops.KERNELS) == 2 * 3 * 2 * 8**3
+    assert hlo.count_flops(traced.jaxpr) == 2 * (3 + 1) * 2 * 8**3
+    assert hlo.count_flops(traced.jaxpr, hlo.KERNELS) == 2 * 3 * 2 * 8**3
 
 
-def test_where_the_platform_decides_the_tpus_way_is_counted():
+def test_flops_of_a_platform_dependent_branch_are_the_tpus():
     def either(x):
         return jax.lax.platform_dependent(x, tpu=lambda x: x @ x, default=lambda x: x @ x @ x)
 
-    assert counted(either, (8, 8)) == 2 * 8**3
+    assert flops(either, (8, 8)) == 2 * 8**3
 
 
 WIDE = UNetConfig(
@@ -135,34 +170,34 @@ WIDE = UNetConfig(
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
-def test_the_count_is_xlas_within_a_few_percent(remat):
-    """XLA's has the element-wise work as well, so it is a little more."""
+def test_flops_of_a_training_step_are_at_most_5_percent_below_xlas(remat):
+    """XLA also counts element-wise operations."""
     unet = nnx.eval_shape(lambda: UNet(WIDE, rngs=nnx.Rngs(0)))
     graph, trained, frozen = nnx.split(unet, train_step.trainable_filter(), ...)
     shape = jax.ShapeDtypeStruct
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    latents, text, levels = (shape(s, jnp.float32) for s in ((1, 4, 8, 8, 4), (1, 77, 64), (1000,)))
+    latents, text, alphas_cumprod = (shape(s, jnp.float32) for s in ((1, 4, 8, 8, 4), (1, 77, 64), (1000,)))
     traced = train_step.tune_step.trace(
         graph,
         jax.eval_shape(train_step.TrainState.create, trained),
         frozen,
-        key,
+        jax.eval_shape(lambda: jax.random.key(0)),
         shape((), jnp.int32),
         latents,
         latents,
-        text,
-        levels,
+        Conditioning(text),
+        alphas_cumprod,
         train_step.Hyperparameters(*(jnp.float32(0) for _ in range(3))),
         prediction="epsilon",
         remat=remat,
+        fsdp=False,
     )
-    xlas = traced.lower().cost_analysis()["flops"]
-    assert 0.95 * xlas <= flops.count(traced.jaxpr) <= xlas
+    xla = traced.lower().cost_analysis()["flops"]
+    assert 0.95 * xla <= hlo.count_flops(traced.jaxpr) <= xla
 
 
-# ------------------------------------------------------------------------------------------------------ collectives
+# ---------------------------------------------------------------------------------------------------------------- HLO
 
-HLO = """\
+COLLECTIVES = """\
 HloModule jit_step, is_scheduled=true
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -200,20 +235,18 @@ ENTRY %main.0 (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_collectives_are_read_from_a_programs_text():
-    told = {c.kind: c for c in collectives.read(HLO, 8)}
-    assert set(told) == {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
-    assert told["all-gather"] == ("all-gather", 8 * 4 * 8 * 2, 8, 1)  # its two halves are one
-    assert told["all-reduce"] == ("all-reduce", (32 * 4 + 16) * 4, 4, 1)
-    assert told["all-to-all"] == ("all-to-all", 2 * 8 * 4, 4, 6)  # in a loop of six
-    assert told["collective-permute"] == ("collective-permute", 2 * 64 * 2, 8, 1)
-    assert told["all-reduce"].sent == 2 * 3 / 4 * 576
-    assert told["all-to-all"].sent == 6 * 3 / 4 * 64
-    unsaid = HLO.replace('"known_trip_count":{"n":"6"}', "")
-    assert collectives.by_kind(collectives.read(unsaid, 8, loop=5))["all-to-all"] == (5, 5 * 64)
+def test_collectives_are_read_from_hlo():
+    found = {c.kind: c for c in hlo.collectives(COLLECTIVES, 8)}
+    assert set(found) == {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
+    assert found["all-gather"] == ("all-gather", 8 * 4 * 8 * 2, 8, 1)  # start and end are one collective
+    assert found["all-reduce"] == ("all-reduce", (32 * 4 + 16) * 4, 4, 1)
+    assert found["all-to-all"] == ("all-to-all", 2 * 8 * 4, 4, 6)  # in a loop of six steps
+    assert found["collective-permute"] == ("collective-permute", 2 * 64 * 2, 8, 1)
+    assert found["all-reduce"].sent_bytes == 2 * 3 / 4 * 576
+    assert found["all-to-all"].sent_bytes == 6 * 3 / 4 * 64
+    no_trip_count = COLLECTIVES.replace('"known_trip_count":{"n":"6"}', "")
+    assert hlo.total_by_kind(hlo.collectives(no_trip_count, 8, loop=5))["all-to-all"] == (5, 5 * 64)
 
-
-# ---------------------------------------------------------------------------------------------------------- traffic
 
 TRAFFIC = """\
 HloModule jit_step, is_scheduled=true
@@ -256,48 +289,46 @@ ENTRY %main (x: bf16[16,128], w: bf16[128,128]) -> bf16[16,128] {
 """  # noqa: E501
 
 
-def test_what_goes_to_and_from_hbm_is_read_from_a_programs_text():
+def test_hbm_traffic_is_read_from_hlo():
     weights, rows, row = 128 * 128 * 2, 16 * 128 * 2, 64 * 4
-    ahead = weights + rows // 2  # what is fetched into VMEM, and not read again from HBM
-    looped = 3 * (row + row)  # a row is read, and one is written; the other rows stay where they are
-    assert traffic.hbm_bytes(TRAFFIC) == ahead + rows + looped + rows
-    assert traffic.hbm_bytes(TRAFFIC.replace("S(1)", "")) > 2 * (ahead + rows + looped + rows)
-    narrow = TRAFFIC.replace("%x = bf16[16,128]", "%x = bf16[9,77]")  # fills as many tiles as 16 × 128
-    assert traffic.hbm_bytes(narrow) == traffic.hbm_bytes(TRAFFIC)
-    unsaid = TRAFFIC.replace('"known_trip_count":{"n":"3"}', "")
-    assert traffic.hbm_bytes(unsaid, loop=7) == ahead + rows + looped // 3 * 7 + rows
+    prefetched = weights + rows // 2  # copied to VMEM, and not read again from HBM
+    looped = 3 * (row + row)  # one row is read and one is written; the other rows are not touched
+    assert hlo.hbm_bytes(TRAFFIC) == prefetched + rows + looped + rows
+    assert hlo.hbm_bytes(TRAFFIC.replace("S(1)", "")) > 2 * (prefetched + rows + looped + rows)
+    narrow = TRAFFIC.replace("%x = bf16[16,128]", "%x = bf16[9,77]")  # as many tiles as 16 × 128
+    assert hlo.hbm_bytes(narrow) == hlo.hbm_bytes(TRAFFIC)
+    no_trip_count = TRAFFIC.replace('"known_trip_count":{"n":"3"}', "")
+    assert hlo.hbm_bytes(no_trip_count, loop=7) == prefetched + rows + looped // 3 * 7 + rows
 
 
-def test_the_compilers_own_reckoning_is_read_from_a_programs_text():
-    def reckoned(kind, n):
-        return f'{kind}, backend_config={{"estimated_cycles":"{n}","iteration_bounds":["1"]}}'
+def test_estimated_cycles_are_read_from_hlo():
+    def with_estimate(instruction, n):
+        return f'{instruction}, backend_config={{"estimated_cycles":"{n}","iteration_bounds":["1"]}}'
 
-    text = TRAFFIC.replace("kind=kOutput, calls=%inner", reckoned("kind=kOutput, calls=%inner", 1000))
-    text = text.replace("calls=%piece", reckoned("calls=%piece", 20))  # in the loop of three
-    inside = "dynamic_slice_sizes={1,64}"
-    text = text.replace(inside, reckoned(inside, 7))  # a part of what is counted already
-    assert estimate.cycles(text) == 1000 + 3 * 20
-    assert estimate.cycles(TRAFFIC) == estimate.cycles("") == 0
+    text = TRAFFIC
+    for instruction, n in (("kind=kOutput, calls=%inner", 1000), ("calls=%piece", 20)):
+        text = text.replace(instruction, with_estimate(instruction, n))
+    in_fusion = "dynamic_slice_sizes={1,64}"
+    text = text.replace(in_fusion, with_estimate(in_fusion, 7))  # part of the fusion's own estimate
+    assert hlo.estimated_cycles(text) == 1000 + 3 * 20
+    assert hlo.estimated_cycles(TRAFFIC) == hlo.estimated_cycles("") == 0
 
 
-def test_a_program_that_the_compiler_cannot_show_is_told_by_what_else_is_known(capsys):
+def test_a_program_whose_hlo_cannot_be_printed_is_reported_without_it(capsys):
     def as_text():
         raise RuntimeError("INTERNAL: RET_CHECK failure")
 
-    assert measure._text(SimpleNamespace(as_text=as_text)) == ""
-    assert "cannot show this program: INTERNAL: RET_CHECK" in capsys.readouterr().err
-    assert collectives.read("", 8) == []
+    assert compile.hlo_text(SimpleNamespace(as_text=as_text)) == ""
+    assert "cannot print this program's HLO: INTERNAL: RET_CHECK" in capsys.readouterr().err
+    assert hlo.collectives("", 8) == []
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_the_compilers_refusals_are_understood():
-    classic = (
+def test_needed_bytes_are_read_from_the_compilers_error():
+    late = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.26G of "
         "15.75G hbm. Exceeded hbm capacity by 2.51G.\n\nTotal hbm usage >= 18.51G:\n    reserved        258.00M"
     )
-    assert needed_bytes(classic, 5) == int(18.26 * GIB)
+    assert needed_bytes(late, 5) == int(18.26 * GIB)
     early = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (298.12G) exceeds available HBM (15.75G). HLO module: jit_f."
@@ -306,135 +337,99 @@ def test_the_compilers_refusals_are_understood():
     assert needed_bytes("Ran out of memory in memory space vmem while allocating on stack for kernel", 0) is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"path": "somebody/flux"}, "model.path is 'somebody/flux', .* give --config.model.path=sd1"),
-        ({"frames": 0}, "clip.frames is 0, .* give their number"),
-        ({"height": 500}, "clip.height 500 is not a multiple of 8; use 496"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused_in_a_sentence(changes, said):
-    given = config.get_config()
-    given.model.path = changes.pop("path", "sd1")
-    given.clip.update(changes)
-    with pytest.raises(InputError, match=said):
-        job.read(given, chips.read("v5e-8"))
+# ---------------------------------------------------------------------------------------- changes, report cache, sweep
 
 
-def test_shapes_come_from_a_preset_or_from_a_directorys_configs():
-    given = config.get_config()
-    assert job.read(given, chips.read("v5e-8")).shapes.unet == dataclasses.replace(UNetConfig.sd1(), kernel="fused")
-    given.model.path = "stabilityai/stable-diffusion-2-1"
-    shapes = job.read(given, chips.read("v5e-8")).shapes
-    on_tpu = dataclasses.replace(UNetConfig.sd2(), kernel="fused")
-    assert (shapes.unet, shapes.prediction) == (on_tpu, "v_prediction")
-    given.model.path = str(MODEL)
-    shapes = job.read(given, chips.read("v5e-8")).shapes
-    assert (shapes.unet.block_out_channels, shapes.prediction) == ((16, 32, 32), "v_prediction")
+def make_job(topology: str = "v5e-8", **changes) -> Job:
+    settings = config.get_config()
+    settings.model.path = "sd1"
+    return read_job(settings, parse_topology(topology)).replace(**changes)
 
 
-def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    with pytest.raises(MissingError, match="pip install libtpu") as caught:
-        prepare()
-    assert "\n" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------- advice and sweep
-
-
-def a_job(topology: str = "v5e-8", **changes) -> job.Job:
-    given = config.get_config()
-    given.model.path = "sd1"
-    return job.read(given, chips.read(topology)).with_(**changes)
-
-
-class Imagined(Planner):
-    """A compiler of one formula: 3 GiB, and for each frame on a chip as many as the policy says."""
+class FakeCache(ReportCache):
+    """In place of the compiler: 3 GiB, and for each frame on a chip an amount that depends on the remat policy."""
 
     def __init__(self):
         super().__init__(Path("nowhere"))
-        object.__setattr__(self, "asked", [])
+        object.__setattr__(self, "compiled", [])
 
-    def report(self, one: job.Job, name: str) -> Report:
-        self.asked.append(one)
-        each = {"none": 5, "products": 4, "attention": 3.5, "block": 3, "level": 1}[one.remat] * GIB
-        temporaries = int(each * advice.per_chip(one))
-        peak, hbm = 3 * GIB + temporaries, one.topology.chip.hbm
-        told = {"all-to-all": {"times": 4, "bytes": 6_000_000}}
-        seconds = {"compute": float(one.frames)}
-        return Report(name, peak <= hbm, peak, hbm, 3 * GIB, temporaries, seconds=seconds, collectives=told)
+    def get(self, job: Job, name: str) -> Report:
+        self.compiled.append(job)
+        per_frame = {"none": 5, "products": 4, "attention": 3.5, "block": 3, "level": 1}[job.remat] * GIB
+        temporaries = int(per_frame * job.frames_per_chip)
+        peak, hbm = 3 * GIB + temporaries, job.topology.chip.hbm
+        collectives = {"all-to-all": {"times": 4, "bytes": 6_000_000}}
+        seconds = {"compute": float(job.frames)}
+        return Report(name, peak <= hbm, peak, hbm, 3 * GIB, temporaries, seconds=seconds, collectives=collectives)
 
 
-def test_advice_is_the_mildest_of_each_kind_that_was_compiled_and_fits():
-    planner = Imagined()
-    at = a_job("v5e-4", frames=24)  # 6 frames a chip: 21 GiB of 15.75
-    report = planner.report(at, "tune")
+def test_the_smallest_change_of_each_kind_that_fits_is_found():
+    cache = FakeCache()
+    job = make_job("v5e-4", frames=24)  # 6 frames per chip: 21 GiB of 15.75
+    report = cache.get(job, "tune")
     assert not report.fits
-    told = [one.change for one in advice.advise(planner, at, report)]
-    assert told == ["--config.train.remat=level", "--topology=v5e-8", "--config.clip.frames=16"]
-    assert len(planner.asked) == 4  # and nothing was compiled in vain
+    options = [change.option for change in find_changes(cache, job, report)]
+    assert options == ["--config.train.remat=level", "--topology=v5e-8", "--config.clip.frames=16"]
+    assert len(cache.compiled) == 4  # no compilation without a result
 
 
-def test_a_sweep_compiles_the_ends_and_draws_the_line_between():
-    planner = Imagined()
-    known = [chips.read("v5e-4"), chips.read("v5e-8")]
-    points = sweep.sweep(planner, a_job(), "tune", known, [8, 16, 24, 32], every=False)
-    assert len(planner.asked) == 4
-    assert [(p.topology.name, p.frames) for p in points if p.compiled] == [
-        ("v5e-4", 8),
-        ("v5e-4", 32),
-        ("v5e-8", 8),
-        ("v5e-8", 32),
-    ]
-    exact = sweep.sweep(planner, a_job(), "tune", known, [8, 16, 24, 32], every=True)
-    assert [p.peak for p in points] == [p.peak for p in exact]  # the imagined memory is linear
-    assert [p.fits for p in points] == [True, True, False, False, True, True, True, True]
-    text, drawn = sweep.table("tune", points), sweep.picture("tune", points)
-    assert "| 16 | 15.0 GiB, 16.00 s | 9.0 GiB, 16.00 s |" in text
-    assert "| 32 | **27.0** GiB, too much | **15.0** GiB, 32.00 s |" in text
-    assert drawn.count("<circle") == 8
-    assert drawn.count('fill="white" stroke') == 4
-
-
-def test_reports_are_kept_under_all_that_they_depend_on(tmp_path, monkeypatch):
-    at, report = a_job(), Imagined().report(a_job(), "tune")
-    assert keep.load(tmp_path, at, "tune") is None
-    keep.save(tmp_path, at, report)
-    assert keep.load(tmp_path, at, "tune") == report
-    assert keep.load(tmp_path, at, "sample") is None
-    for change in ({"frames": 23}, {"remat": "level"}, {"fsdp": True}, {"topology": chips.read("v6e-8")}):
-        assert keep.load(tmp_path, at.with_(**change), "tune") is None
-    with monkeypatch.context() as other:
-        other.setattr(keep, "version", lambda package: "7.0" if package == "libtpu" else "1.0")
-        assert keep.load(tmp_path, at, "tune") is None
-    with monkeypatch.context() as other:
-        other.setattr(keep, "optimization", lambda: "O1")
-        assert keep.load(tmp_path, at, "tune") is None
-    next(tmp_path.glob("*.json")).write_text('{"report": ')
-    assert keep.load(tmp_path, at, "tune") is None  # damaged: compiled again
-
-
-def test_a_page_and_a_line_say_what_fits_and_what_would():
-    at = a_job("v5e-4", frames=24)
-    report = Imagined().report(at, "tune")
-    told = {"tune": list(advice.advise(Imagined(), at, report))}
-    said = page.text(at, [report], told)
-    assert "tune needs 21.00 GiB of 15.75 and does not fit. These would (compiled):" in said
-    assert "--config.clip.frames=16  (15.00 GiB, at least 16.0 s a step)" in said
-    assert "tune, between the chips, per step: all-to-all 4 (6.0 MB)" in said
-    assert "62.5 ms" not in said  # the compiler did not say
-    known = dataclasses.replace(report, expected_seconds=0.0625)
-    assert "62.5 ms" in page.text(at, [known], {})
-    line = page.one_line(at, [report], told)
+def test_table_and_json():
+    job = make_job("v5e-4", frames=24)
+    report = FakeCache().get(job, "tune")
+    changes = {"tune": list(find_changes(FakeCache(), job, report))}
+    text = format_table(job, [report], changes)
+    assert (
+        "tune does not fit: it needs 21.00 GiB per chip, and a chip has 15.75 GiB. With each of these changes it fits "
+        "(compiled):"
+    ) in text
+    assert "--config.clip.frames=16  (15.00 GiB, at least 16.0 s per step)" in text
+    assert "tune, collectives per step: all-to-all 4 (6.0 MB)" in text
+    assert "62.5 ms" not in text  # the compiler gave no estimate
+    estimated = dataclasses.replace(report, expected_seconds=0.0625)
+    assert "62.5 ms" in format_table(job, [estimated], {})
+    line = format_json(job, [report], changes)
     assert "\n" not in line
-    read = json.loads(line)
-    tune = read["functions"]["tune"]
-    assert (read["fits"], tune["fits"], tune["peak_bytes"], tune["hbm_bytes"]) == (
+    content = json.loads(line)
+    tune = content["functions"]["tune"]
+    assert (content["fits"], tune["fits"], tune["peak_bytes"], tune["hbm_bytes"]) == (
         False,
         False,
         21 * GIB,
         63 * GIB // 4,
     )
+
+
+def test_cached_reports_depend_on_job_program_versions_and_options(tmp_path, monkeypatch):
+    cache, job = ReportCache(tmp_path), make_job()
+    report = FakeCache().get(job, "tune")
+    assert cache.load(job, "tune") is None
+    cache.save(job, report)
+    assert cache.load(job, "tune") == report == cache.get(job, "tune")
+    assert cache.load(job, "sample") is None
+    for change in ({"frames": 23}, {"remat": "level"}, {"fsdp": True}, {"topology": parse_topology("v6e-8")}):
+        assert cache.load(job.replace(**change), "tune") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(compile, "package_version", lambda package: "7.0" if package == "libtpu" else "1.0")
+        assert cache.load(job, "tune") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(compile, "optimization_level", lambda: "O1")
+        assert cache.load(job, "tune") is None
+    next(tmp_path.glob("*.json")).write_text('{"report": ')
+    assert cache.load(job, "tune") is None  # damaged: compiled again
+
+
+def test_a_sweep_compiles_the_ends_and_interpolates_between(tmp_path):
+    cache, topologies = FakeCache(), [parse_topology("v5e-4"), parse_topology("v5e-8")]
+    points = plan_sweep.sweep(cache, make_job(), "tune", topologies, [8, 16, 24, 32])
+    assert len(cache.compiled) == 4
+    ends = [("v5e-4", 8), ("v5e-4", 32), ("v5e-8", 8), ("v5e-8", 32)]
+    assert [(p.topology.name, p.frames) for p in points if p.compiled] == ends
+    exact = plan_sweep.sweep(cache, make_job(), "tune", topologies, [8, 16, 24, 32], every=True)
+    assert [p.peak for p in points] == [p.peak for p in exact]  # the fake memory is linear in the frames per chip
+    assert [p.fits for p in points] == [True, True, False, False, True, True, True, True]
+    table = plan_sweep.format_table("tune", points)
+    assert "| 16 | 15.0 GiB, 16.00 s | 9.0 GiB, 16.00 s |" in table
+    assert "| 32 | **27.0** GiB, too much | **15.0** GiB, 32.00 s |" in table
+    figure = plan_sweep.plot("tune", points)
+    compiled, interpolated = figure.axes[0].collections
+    assert (len(compiled.get_offsets()), len(interpolated.get_offsets())) == (4, 4)

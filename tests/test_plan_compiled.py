@@ -1,4 +1,4 @@
-"""`tav plan` with the TPU's own compiler, for a TPU that is not there: memory, and what the chips tell each other."""
+"""`tav plan` with the real TPU compiler, without a TPU: memory and collectives of the compiled programs."""
 
 import json
 import math
@@ -15,25 +15,25 @@ from flax import nnx
 
 from tav_jax.io import diffusers_layout
 from tav_jax.models import UNet
+from tav_jax.plan.chips import GIB
 from tav_jax.training import train_step
 
-GIB = 2**30
 MODEL = REFERENCE / "sd1/model"
 
 
-def tav_plan(model, folder, *arguments) -> SimpleNamespace:
-    """In a process of its own, which has no say in the environment."""
-    line = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}", f"--cache={folder}"]
+def tav_plan(model, cache, *arguments) -> SimpleNamespace:
+    """In its own process, without the environment variables that the tests set for JAX."""
+    command = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}", f"--cache={cache}"]
     sizes = [f"--config.clip.{name}={value}" for name, value in (("frames", 8), ("height", 32), ("width", 32))]
-    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    env = kept | LOOKING_THERE
-    done = subprocess.run([*line, *sizes, *arguments], capture_output=True, text=True, env=env, timeout=900)
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    env |= LOOKING_THERE
+    done = subprocess.run([*command, *sizes, *arguments], capture_output=True, text=True, env=env, timeout=900)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A pipeline's configs, and nothing else: two levels, four transformers."""
+    """A pipeline directory with the configs only: two levels, four transformers."""
     root = tmp_path_factory.mktemp("small")
     shutil.copytree(MODEL, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
     path = root / "unet/config.json"
@@ -47,73 +47,73 @@ def small(tmp_path_factory):
 
 
 @with_libtpu
-def test_tuning_compiles_for_one_chip_and_one_line_tells(small, tmp_path):
+def test_memory_of_tuning_on_one_chip(small, tmp_path):
     options = ("--topology=v5e-1", "--json", "--function=tune")
     done = tav_plan(small, tmp_path, *options)
     assert done.code == 0, done.err
     (line,) = done.out.splitlines()
-    told = json.loads(line)
-    assert told["fits"] is True
-    assert set(told["functions"]) == {"tune"}
-    tune = told["functions"]["tune"]
+    content = json.loads(line)
+    assert content["fits"] is True
+    assert set(content["functions"]) == {"tune"}
+    tune = content["functions"]["tune"]
     assert tune["hbm_bytes"] == int(15.75 * GIB)
     assert tune["collectives"] == {}
     parts = ("argument", "temporary", "output", "code", "beside")
     assert sum(tune[f"{name}_bytes"] for name in parts) == tune["peak_bytes"] < GIB
-    # Frozen weights in bfloat16, trained ones and their two moments in float32. A chip keeps an array in tiles of
-    # 8 × 128 values, which this model's narrow ones do not fill; the compiler may lay them out better than by rows.
-    trained, frozen = weights_of(small)
+    # Frozen weights in bfloat16, trained weights and two moments in float32. A TPU pads arrays to tiles of 8 × 128, but
+    # the compiler may choose a layout with less padding than the row-major one.
+    trained, frozen = weight_shapes(small)
     exact, tiled = (
-        sum(12 * values(x) for x in trained) + sum(2 * values(x) for x in frozen) for values in (math.prod, in_tiles)
+        sum(12 * values(x) for x in trained) + sum(2 * values(x) for x in frozen) for values in (math.prod, tiled_size)
     )
     assert exact <= tune["argument_bytes"] <= tiled
     assert tune["beside_bytes"] == 0
-    # Each argument is read at least once, and what VMEM keeps goes by no HBM.
+    # Every argument is read at least once; accesses to VMEM are not HBM traffic.
     assert exact <= tune["moved_bytes"] <= tune["touched_bytes"]
     again = tav_plan(small, tmp_path, *options)
     assert (again.out, "compiling" in done.err, "compiling" in again.err) == (done.out, True, False)
 
 
-def in_tiles(shape) -> int:
+def tiled_size(shape) -> int:
     *rest, rows, columns = (1, 1, *shape)
     return math.prod(rest) * -(-rows // 8) * 8 * -(-columns // 128) * 128
 
 
-def weights_of(root) -> tuple[list, list]:
-    """The shapes of the trained ones and of the frozen ones."""
+def weight_shapes(root) -> tuple[list, list]:
+    """Of the trained and of the frozen weights."""
     path = root / "unet/config.json"
-    unet = nnx.eval_shape(
-        lambda: UNet(diffusers_layout.unet_config(json.loads(path.read_text()), path), rngs=nnx.Rngs(0))
-    )
+    unet_config = diffusers_layout.unet_config(json.loads(path.read_text()), path)
+    unet = nnx.eval_shape(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))
     _, trained, frozen = nnx.split(unet, train_step.trainable_filter(), ...)
     return [x.shape for x in jax.tree.leaves(trained)], [x.shape for x in jax.tree.leaves(frozen)]
 
 
 @with_libtpu
 @pytest.mark.parametrize("name", ["invert", "sample"])
-def test_over_eight_chips_each_attention_tells_its_neighbours_and_no_clip_is_gathered(small, tmp_path, name):
+def test_collectives_on_eight_chips(small, tmp_path, name):
+    """Attention exchanges frames with other chips, and no clip is gathered."""
     done = tav_plan(small, tmp_path, "--topology=v5e:2x4", "--json", f"--function={name}")
     assert done.code == 0, done.err
-    walk = json.loads(done.out)["functions"][name]
-    told = {kind: one["times"] for kind, one in walk["collectives"].items()}
-    transformers, steps = 4, walk["steps"]
+    report = json.loads(done.out)["functions"][name]
+    times = {kind: total["times"] for kind, total in report["collectives"].items()}
+    transformers, steps = 4, report["steps"]
     assert steps == 5
-    # Frames are exchanged for positions before temporal attention, and back after it.
-    assert told.pop("all-to-all") == 2 * transformers * steps
-    # Keys and values of the frame before come from the neighbour.
-    assert told.pop("collective-permute") <= 2 * transformers * steps
-    # The result, once, after the last step: a tiny part of what one block's keys would be.
-    assert told.pop("all-gather", 1) == 1
-    assert walk["collectives"].get("all-gather", {"bytes": 0})["bytes"] <= 8 * 8 * 8 * 4 * 4
-    # Frame 0 for all, and the statistics of group norms: two each for every resnet's two norms and the last.
-    assert set(told) == {"all-reduce"}
+    # Temporal attention: from sharded frames to sharded positions, and back.
+    assert times.pop("all-to-all") == 2 * transformers * steps
+    # Sparse-causal attention: keys and values of the previous frame.
+    assert times.pop("collective-permute") <= 2 * transformers * steps
+    # Only the result, after the last step: much smaller than the keys of one block.
+    assert times.pop("all-gather", 1) == 1
+    assert report["collectives"].get("all-gather", {"bytes": 0})["bytes"] <= 8 * 8 * 8 * 4 * 4
+    # Keys and values of frame 0, and the statistics of group norms.
+    assert set(times) == {"all-reduce"}
 
 
 @with_libtpu
-def test_more_than_a_chip_has_is_told_in_bytes(small, tmp_path):
+def test_a_program_that_does_not_fit_reports_how_much_it_needs(small, tmp_path):
     sizes = ("--config.clip.frames=8000", "--config.clip.height=512", "--config.clip.width=512")
     done = tav_plan(small, tmp_path, "--topology=v5e-1", "--json", "--no-search", "--function=decode", *sizes)
-    told = json.loads(done.out)
-    decode = told["functions"]["decode"]
-    assert (done.code, told["fits"], decode["fits"], decode["error"]) == (0, False, False, "")
-    assert decode["peak_bytes"] >= 8000 * 512 * 512 * 3 * 4  # the pictures alone
+    content = json.loads(done.out)
+    decode = content["functions"]["decode"]
+    assert (done.code, content["fits"], decode["fits"], decode["error"]) == (0, False, False, "")
+    assert decode["peak_bytes"] >= 8000 * 512 * 512 * 3 * 4  # the frames alone

@@ -1,6 +1,6 @@
-"""`tav plan`: the programs of a run compiled for a TPU that is not there, and what they would need of it.
+"""`tav plan`: compile the programs of a run with the TPU compiler, without a TPU, and report what they need.
 
-The compiler is the TPU's own (`libtpu`), so what it says of memory is what the chip would say.
+The compiler (`libtpu`) is the one that a TPU machine uses, so its memory numbers are those of a real run.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from tav_jax.errors import MissingError
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # No question to a cloud's metadata server, and no warnings that there is none.
+    # Without these, libtpu asks the cloud's metadata server for the machine type and warns that there is none.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,8 +21,8 @@ ENVIRONMENT = {
 }
 
 
-def prepare() -> None:
-    """To be called before JAX is imported: it reads its platform once."""
+def prepare_environment() -> None:
+    """Set the environment variables that JAX and libtpu need here. Call it before JAX is imported."""
     if importlib.util.find_spec("libtpu") is None:
-        raise MissingError("`tav plan` compiles with the TPU's own compiler, which is not here; pip install libtpu")
+        raise MissingError("`tav plan` needs the TPU compiler, and libtpu is not installed; run `pip install libtpu`")
     os.environ.update(ENVIRONMENT)

@@ -1,49 +1,49 @@
-"""TPUs by name: how many chips a slice has, how they lie, and what each can do."""
+"""TPU chips and topologies by name, with the peak numbers that a plan compares with."""
 
 import math
 import re
 from typing import Any, NamedTuple
 
-from tav_jax.errors import InputError
+from tav_jax.errors import InputError, short_repr
 
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Per chip and second: products in bfloat16, bytes from and to HBM, bytes over one link in one direction.
+    """Rates are per chip and second. FLOPs are of bfloat16 products.
 
-    Peak numbers: Google Cloud's TPU documentation, and "How to Scale Your Model" for the links. The memory is what the
-    compiler (libtpu) leaves to a program.
+    Sources: Google Cloud's TPU documentation, and "How to Scale Your Model" for the links. `hbm` is what the compiler
+    (libtpu) leaves to a program.
     """
 
     name: str
     hbm: int  # bytes
     flops: float
-    bandwidth: float
-    link: float
+    bandwidth: float  # bytes to and from HBM
+    link: float  # bytes over one link in one direction
     compiler_name: str
-    cores: int  # that the number in a name such as v4-8 counts, per chip
+    cores: int  # per chip; the number in a name such as v4-8 counts cores
     layouts: tuple[str, ...]
-    clock: float | None = None  # cycles a second, where it is known
+    clock: float | None = None  # cycles per second, where it is published
 
     @property
-    def wire(self) -> float:
-        """Bytes a second that a chip sends around a ring: one axis of the torus, both directions."""
+    def ring_bandwidth(self) -> float:
+        """Bytes per second that a chip sends around a ring: one axis of the torus, both directions."""
         return 2 * self.link
 
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+LAYOUTS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+LAYOUTS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, "v4", 2, DEEP, 1.05e9),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, FLAT, 1.5e9),
-        Chip("v5p", int(95.73 * GIB), 459e12, 2.765e12, 90e9, "v5", 2, DEEP, 1.75e9),
-        Chip("v6e", int(31.24 * GIB), 918e12, 1.64e12, 90e9, "v6e", 1, FLAT),
+        Chip("v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, "v4", 2, LAYOUTS_3D, 1.05e9),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, LAYOUTS_2D, 1.5e9),
+        Chip("v5p", int(95.73 * GIB), 459e12, 2.765e12, 90e9, "v5", 2, LAYOUTS_3D, 1.75e9),
+        Chip("v6e", int(31.24 * GIB), 918e12, 1.64e12, 90e9, "v6e", 1, LAYOUTS_2D),
     )
 }
-OTHER_NAMES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e"}
+ALIASES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e"}
 
 
 class Topology(NamedTuple):
@@ -56,34 +56,35 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is ordered in the cloud: v5e-8, v5p-8 (which counts cores, two a chip)."""
+        """The cloud's name: v5e-8 has 8 chips; v5p-8 counts cores, two per chip, and has 4."""
         return f"{self.chip.name}-{self.chips * self.chip.cores}"
 
     def devices(self) -> list[Any]:
-        """The compiler's stand-ins for the chips."""
+        """JAX device descriptions to compile for."""
         from jax.experimental import topologies  # loads libtpu
 
         options: dict[str, Any] = {"topology_name": f"{self.chip.compiler_name}:{self.layout}"}
         if self.chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         if self.chip.name == "v4":
-            options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it
+            options["chip_config_name"] = "megacore"  # one JAX device per chip, as on a real v4
         return list(topologies.get_topology_desc(platform="tpu", **options).devices)
 
 
-def all_of(chip: Chip) -> list[Topology]:
+def topologies_of(chip: Chip) -> list[Topology]:
+    """From few chips to many."""
     return [Topology(chip, layout) for layout in chip.layouts]
 
 
-def read(name: str) -> Topology:
+def parse_topology(name: str) -> Topology:
     """`v5e-8` or `v5e:2x4`."""
     match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower())
-    family = OTHER_NAMES.get(match[1], match[1]) if match else ""
+    family = ALIASES.get(match[1], match[1]) if match else ""
     if match and family in CHIPS:
-        for topology in all_of(CHIPS[family]):
+        for topology in topologies_of(CHIPS[family]):
             if match[3] == topology.layout or f"{family}-{match[2]}" == topology.name:
                 return topology
-        known = ", ".join(f"{t.name} ({t.layout})" for t in all_of(CHIPS[family]))
-        raise InputError(f"there is no topology {name!r}; of {family} there are {known}")
-    known = "; ".join(", ".join(t.name for t in all_of(chip)) for chip in CHIPS.values())
-    raise InputError(f"there is no topology {name!r}; there are {known}")
+        known = ", ".join(f"{t.name} ({t.layout})" for t in topologies_of(CHIPS[family]))
+        raise InputError(f"there is no topology {short_repr(name)}; the topologies of {family} are {known}")
+    known = "; ".join(", ".join(t.name for t in topologies_of(chip)) for chip in CHIPS.values())
+    raise InputError(f"there is no topology {short_repr(name)}; the topologies are {known}")

@@ -1,0 +1,275 @@
+"""The programs of a run: a `Job` read from a config, and the jitted functions that such a run calls, with shapes in
+place of arrays. Neither weights nor a clip nor the network is needed."""
+
+import json
+import math
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from tav_jax.config import check_size
+from tav_jax.diffusion import programs
+from tav_jax.diffusion.samplers import DDIM, get_sampler
+from tav_jax.diffusion.schedule import Prediction, Steps, prompted_steps
+from tav_jax.distributed import sharding
+from tav_jax.errors import InputError, short_repr
+from tav_jax.io import diffusers_layout, weights
+from tav_jax.kernels import choose_kernel
+from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
+from tav_jax.plan.chips import Topology
+from tav_jax.training import train_step
+
+STEPS_DTYPES = {"alpha": jnp.float32, "next_alpha": jnp.float32}  # the other columns are int32
+NAMES = ("tune", "invert", "sample", "encode", "decode")  # in the order in which a run calls them
+
+# Parts of a model's name that select a preset.
+PRESETS = {
+    "sd2": ("sd2", "stable-diffusion-2"),
+    "sd1": ("sd1", "stable-diffusion-v1", "stable-diffusion-1"),
+}
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    unet: UNetConfig
+    vae: VAEConfig
+    text: ClipTextConfig
+    prediction: Prediction = "epsilon"
+    train_timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the compiled programs depend on, except the code."""
+
+    model: ModelShapes
+    topology: Topology
+    frames: int
+    height: int
+    width: int
+    dtype: str
+    trainable: tuple[str, ...]
+    remat: str
+    mesh: tuple[int, int]
+    fsdp: bool
+    sampler: str
+    sampling_steps: int
+    inversion_steps: int
+    guidance: bool
+    previews: bool
+
+    def replace(self, **changes: Any) -> "Job":
+        return replace(self, **changes)
+
+    @property
+    def frames_per_chip(self) -> int:
+        """Frames on the chip that has most of them."""
+        data, over_frames = self.mesh
+        chips = self.topology.chips
+        if not over_frames:
+            over_frames = chips // data if data else sharding.default_mesh_shape(chips, self.frames)[1]
+        return -(-self.frames // over_frames)
+
+    def to_json(self) -> str:
+        """Equal jobs give equal texts."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def read_job(config: Any, topology: Topology) -> Job:
+    """The job that a config describes, on a topology."""
+    model, clip = _model_shapes(config), config.clip
+    if not clip.frames:
+        raise InputError(
+            "clip.frames is 0, which means all frames of the clip; `tav plan` reads no clip, so give their number with "
+            "--config.clip.frames"
+        )
+    check_size(clip.height, clip.width, model.vae.downsampling, prefix="clip.")
+    return Job(
+        model=model,
+        topology=topology,
+        frames=clip.frames,
+        height=clip.height,
+        width=clip.width,
+        dtype=config.model.dtype,
+        trainable=tuple(config.train.trainable),
+        remat=config.train.remat,
+        mesh=(config.mesh.data, config.mesh.frames),
+        fsdp=config.mesh.fsdp,
+        sampler=config.edit.sampler,
+        sampling_steps=prompted_steps(config.edit.steps, config.edit.strength),
+        inversion_steps=config.edit.inversion_steps,
+        guidance=config.edit.guidance > 1,
+        previews=bool(config.train.preview_every and config.edit.prompts),
+    )
+
+
+def _model_shapes(config: Any) -> ModelShapes:
+    """From the configs in a pipeline directory, or from a preset by the model's name."""
+    options = {name: config.model[name] for name in ("spatial_attention", "temporal_attention")}
+    options["kernel"] = choose_kernel(config.model.kernel, "tpu")
+    root = Path(config.model.path).expanduser()
+    if (root / "unet" / diffusers_layout.CONFIGS["unet"]).is_file():
+        return _directory_shapes(root, options)
+    name = config.model.path.lower()
+    if any(part in name for part in PRESETS["sd2"]):
+        # 2.1 predicts velocities; the base models of 2.x predict noise, at the same cost.
+        return ModelShapes(replace(UNetConfig.sd2(), **options), VAEConfig(), ClipTextConfig.sd2(), "v_prediction")
+    if any(part in name for part in PRESETS["sd1"]):
+        return ModelShapes(replace(UNetConfig.sd1(), **options), VAEConfig(), ClipTextConfig.sd1())
+    raise InputError(
+        f"model.path is {short_repr(config.model.path)}, which is neither a pipeline directory nor a model with known "
+        "shapes; use --config.model.path=sd1 (Stable Diffusion 1.x), sd2 (2.x) or a directory"
+    )
+
+
+def _directory_shapes(root: Path, options: dict[str, Any]) -> ModelShapes:
+    def read(part: str) -> tuple[dict[str, Any], Path]:
+        path = root / part / diffusers_layout.CONFIGS[part]
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; a pipeline directory has a config for each of its parts")
+        return diffusers_layout.read_json(path), path
+
+    scheduler, _ = read("scheduler")
+    return ModelShapes(
+        diffusers_layout.unet_config(*read("unet"), **options),
+        diffusers_layout.vae_config(*read("vae")),
+        diffusers_layout.text_config(*read("text_encoder")),
+        scheduler.get("prediction_type", "epsilon"),
+        scheduler.get("num_train_timesteps", 1000),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- programs
+
+
+class Program(NamedTuple):
+    """A jitted function with the shapes of its arguments. Trace and compile it inside `context()`."""
+
+    name: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # static
+    context: AbstractContextManager[None]
+    beside_bytes: int  # on each chip: arrays that the run keeps there meanwhile and that are no arguments
+    steps: int  # steps in one call of the program
+    job_steps: int  # steps in the whole job: all of an inversion or a sample, but one training step
+    shards: int  # chips that share the work; further chips repeat it
+
+    def trace(self) -> Any:
+        return self.function.trace(*self.arguments, **self.options)
+
+    @property
+    def argument_bytes(self) -> int:
+        """On one chip."""
+        return size(self.arguments)
+
+
+def size(tree: Any) -> int:
+    """Bytes of a pytree of shapes on one chip."""
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+class Shapes:
+    """Makes shapes of arrays on the devices of a topology, replicated or, with `fsdp`, sharded over all of them."""
+
+    def __init__(self, job: Job):
+        devices = job.topology.devices()
+        self.mesh: Mesh | None = sharding.make_mesh(job.mesh, frames=job.frames, devices=devices)
+        self.one_device = SingleDeviceSharding(devices[0])
+
+    def array(self, shape: tuple[int, ...], dtype: Any = jnp.float32, *, fsdp: bool = False) -> Any:
+        where = self.one_device
+        if self.mesh is not None:
+            plain = jax.ShapeDtypeStruct(shape, dtype)
+            where = NamedSharding(self.mesh, sharding.fsdp_spec(plain, self.mesh) if fsdp else sharding.REPLICATED)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def tree(self, tree: Any, dtype: Any = None, *, fsdp: bool = False) -> Any:
+        return jax.tree.map(lambda x: self.array(x.shape, dtype or x.dtype, fsdp=fsdp), tree)
+
+    def network(self, build: Any, config: Any, dtype: Any) -> Any:
+        module = weights.abstract(build, config, dtype)
+        return nnx.merge(nnx.graphdef(module), self.tree(nnx.state(module), dtype))
+
+    def shards(self, batch: int) -> int:
+        """The number of chips with different work for a batch of clips."""
+        axes = dict(self.mesh.shape) if self.mesh else {}
+        data = axes.get("data", 1)
+        return axes.get("frames", 1) * (data if batch % data == 0 else 1)
+
+
+def build_program(job: Job, name: str) -> Program:
+    """The program of a name in NAMES, as `TuneAVideo` calls it for this job."""
+    dtype, shapes, model = getattr(jnp, job.dtype), Shapes(job), job.model
+    unet = weights.abstract(UNet, model.unet, dtype)
+    graph, trained, frozen = nnx.split(unet, train_step.trainable_filter(job.trainable), ...)
+    if not jax.tree.leaves(trained):
+        raise InputError(f"train.trainable is {short_repr(job.trainable)}; no layer of this model has such a name")
+    trained, frozen = shapes.tree(trained, jnp.float32), shapes.tree(frozen, dtype)
+    vae = shapes.network(VAE, model.vae, dtype)
+    vae_and_text = size(vae) + size(shapes.network(ClipText, model.text, dtype))
+    state = shapes.tree(jax.eval_shape(train_step.TrainState.create, trained), fsdp=job.fsdp)
+    # Previews during tuning keep the optimizer state on the chips; `tav edit` has none, but the VAE and text encoder.
+    waiting = max(vae_and_text, size(state.opt_state) if job.previews else 0)
+
+    down = model.vae.downsampling
+    latents = shapes.array((1, job.frames, job.height // down, job.width // down, model.unet.in_channels))
+    text = (model.text.max_position_embeddings, model.unet.cross_attention_dim)
+    vae_batch = programs.vae_batch_size(job.frames, job.height, job.width, shapes.mesh)
+
+    def program(function, arguments, options, beside=0, steps=1, job_steps=1, batch=1) -> Program:
+        context = programs.numerics(dtype, shapes.mesh)
+        return Program(name, function, arguments, options, context, beside, steps, job_steps, shapes.shards(batch))
+
+    def denoise(count: int, guidance: bool, sampler: Any) -> Program:
+        steps, batch = programs.chunk_size(count), 2 if guidance else 1
+        arguments = (
+            nnx.merge(graph, trained, frozen),
+            shapes.tree(jax.eval_shape(sampler.init, latents)),
+            Conditioning(shapes.array((batch, *text))),
+            Steps(*(shapes.array((steps,), STEPS_DTYPES.get(name, jnp.int32)) for name in Steps._fields)),
+            shapes.array(()),
+        )
+        options = {
+            "sampler": sampler,
+            "prediction": model.prediction,
+            "use_guidance": guidance,
+            "trajectory": False,
+        }
+        return program(programs.denoise_loop, arguments, options, waiting, steps, count, batch)
+
+    if name == "tune":
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        arguments = (
+            graph,
+            state,
+            frozen,
+            shapes.array(key.shape, key.dtype),
+            shapes.array((), jnp.int32),
+            latents,
+            latents,
+            Conditioning(shapes.array((1, *text))),
+            shapes.array((model.train_timesteps,)),
+            train_step.Hyperparameters(*(shapes.array(()) for _ in train_step.Hyperparameters._fields)),
+        )
+        options = {"prediction": model.prediction, "remat": job.remat, "fsdp": job.fsdp}
+        return program(train_step.tune_step, arguments, options)  # everything else waits in host memory
+    if name == "invert":
+        return denoise(job.inversion_steps, False, DDIM())
+    if name == "sample":
+        return denoise(job.sampling_steps, job.guidance, get_sampler(job.sampler))
+    unet_bytes = size(trained) + size(frozen)
+    if name == "encode":
+        frames = shapes.array((job.frames, job.height, job.width, 3), jnp.uint8)
+        beside = unet_bytes + vae_and_text - size(vae)
+        return program(programs.encode_frames, (vae, frames), {"batch_size": vae_batch}, beside, batch=vae_batch)
+    return program(
+        programs.decode_frames, (vae, latents), {"batch_size": vae_batch}, unet_bytes + waiting, batch=vae_batch
+    )
