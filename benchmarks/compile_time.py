@@ -1,11 +1,11 @@
-"""What the TPU compiler takes its time for: the UNet's building blocks, each compiled by itself.
+"""Compile times of the UNet's building blocks, each compiled by itself with the TPU compiler.
 
     pip install libtpu
     python benchmarks/compile_time.py > benchmarks/compile_time.md
 
-Processor seconds and bytes of code. Six convolutions alike are a chain, and so are two blocks: the compiler may find
-what it has done already. Blocks are compiled as a step of tuning has them, computed again for the backward pass.
-Attention of few tokens (16²) is plain XLA, as in the UNet.
+Processor seconds and bytes of code. Chains of equal convolutions and blocks show whether the compiler reuses what it
+has compiled before. Blocks are compiled with their gradient and recomputed for the backward pass, as in a training
+step. Attention of few tokens (16²) is plain XLA, as in the UNet.
 """
 
 import os
@@ -23,32 +23,32 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tav_jax.kernels import MIN_KERNEL_TOKENS, frame_attention
-from tav_jax.models import UNetConfig
+from tav_jax.models import Conditioning, UNetConfig
 from tav_jax.models.remat import policy
-from tav_jax.models.unet import Parts
+from tav_jax.models.unet import Layers
 from tav_jax.training.train_step import trainable_filter
 
 LEVELS = ((64, 320, 8), (32, 640, 8), (16, 1280, 8))  # side, channels, heads
 FRAMES = 4
 
 
-class Took(NamedTuple):
+class Compilation(NamedTuple):
     seconds: float
     code: int
 
 
-def compiled(function: Any, *arguments: Any, device: Any, **options: Any) -> Took:
-    """Arguments are shapes of bfloat16, or trees of such as say their own type."""
-    where = SingleDeviceSharding(device)
+def compile_function(function: Any, *arguments: Any, device: Any, **options: Any) -> Compilation:
+    """Arguments are shapes of bfloat16 arrays, or pytrees of `ShapeDtypeStruct`."""
+    sharding = SingleDeviceSharding(device)
 
-    def lies(x: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), x)
+    def place(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), x)
 
-    known = [jax.ShapeDtypeStruct(x, jnp.bfloat16) if isinstance(x, tuple) else x for x in arguments]
-    lowered = jax.jit(function).lower(*map(lies, known))
+    shapes = [jax.ShapeDtypeStruct(x, jnp.bfloat16) if isinstance(x, tuple) else x for x in arguments]
+    lowered = jax.jit(function).lower(*map(place, shapes))
     begin = time.process_time()
-    done = lowered.compile(compiler_options=options or None)
-    return Took(time.process_time() - begin, done.memory_analysis().generated_code_size_in_bytes)
+    program = lowered.compile(compiler_options=options or None)
+    return Compilation(time.process_time() - begin, program.memory_analysis().generated_code_size_in_bytes)
 
 
 def convolve(x, kernel):
@@ -65,73 +65,77 @@ def full_attention(q, k, v):
     return frame_attention(q, k, v, "sparse-causal", "fused")
 
 
-def attend_and_back(q, k, v, g):
+def attention_gradient(q, k, v, g):
     return jax.vjp(full_attention, q, k, v)[1](g)
 
 
 def blocks(kind: str, side: int, channels: int, heads: int, count: int) -> tuple[Any, ...]:
-    """A chain of resnets or transformers with its gradient, and what it takes."""
+    """A chain of resnets or transformers with its gradient, and the function's arguments."""
     config = UNetConfig(kernel="fused")
 
     def chain():
-        parts = Parts(config, jnp.bfloat16, nnx.Rngs(0))
+        layers = Layers(config, jnp.bfloat16, nnx.Rngs(0))
         make = {
-            "resnet": lambda: parts.resnet(channels, channels),
-            "transformer": lambda: parts.transformer(channels, heads),
+            "resnet": lambda: layers.resnet(channels, channels),
+            "transformer": lambda: layers.transformer(channels, heads),
         }
-        return nnx.Dict(mid_block=nnx.List([make[kind]() for _ in range(count)]))  # a name that has weights to learn
+        return nnx.Dict(mid_block=nnx.List([make[kind]() for _ in range(count)]))  # a name with trainable layers
 
     graph, trained, frozen = nnx.split(nnx.eval_shape(chain), trainable_filter(), ...)
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen)
-    beside = (1, 4 * config.block_out_channels[0]) if kind == "resnet" else (1, 77, config.cross_attention_dim)
-    picture = (1, FRAMES, side, side, channels)
+    time_or_text = (1, 4 * config.block_out_channels[0]) if kind == "resnet" else (1, 77, config.cross_attention_dim)
+    image = (1, FRAMES, side, side, channels)
 
-    def forward(trained, frozen, x, beside):
+    def forward(trained, frozen, x, time_or_text):
+        rest = (time_or_text,) if kind == "resnet" else (Conditioning(time_or_text),)
         for block in nnx.merge(graph, trained, frozen)["mid_block"]:
-            x = policy("block").block(block, x, beside, None)
+            x = policy("block").block(block, x, *rest)
         return x
 
-    def both(trained, frozen, x, beside, g):
-        y, back = jax.vjp(lambda trained, x: forward(trained, frozen, x, beside), trained, x)
-        return y, *back(g)
+    def with_gradient(trained, frozen, x, time_or_text, g):
+        y, vjp = jax.vjp(lambda trained, x: forward(trained, frozen, x, time_or_text), trained, x)
+        return y, *vjp(g)
 
-    return both, trained, frozen, picture, beside, picture
+    return with_gradient, trained, frozen, image, time_or_text, image
 
 
 def rows(device: Any) -> Iterator[str]:
-    def row(name: str, took: Took) -> str:
-        print(f"{name}: {took.seconds:.1f} s", file=sys.stderr)
-        return f"| {name} | {took.seconds:.1f} s | {(took.code - nothing.code) / 1e6:.2f} MB |"
+    def row(name: str, done: Compilation) -> str:
+        print(f"{name}: {done.seconds:.1f} s", file=sys.stderr)
+        return f"| {name} | {done.seconds:.1f} s | {(done.code - empty.code) / 1e6:.2f} MB |"
 
-    nothing = compiled(lambda x: x + 1, (8, 128), device=device)
+    def compiled(*arguments: Any, **options: Any) -> Compilation:
+        return compile_function(*arguments, device=device, **options)
+
+    empty = compiled(lambda x: x + 1, (8, 128))
     yield "| | compiled in | code |"
     yield "|---|---:|---:|"
     for side, channels, heads in LEVELS:
-        at = f"{channels} channels at {side}²"
-        picture = (FRAMES, side, side, channels)
+        level = f"{channels} channels at {side}²"
+        image = (FRAMES, side, side, channels)
         qkv = (1, FRAMES, side * side, heads, channels // heads)
-        yield row(f"convolution 3 × 3, {at}", compiled(convolve, picture, (3, 3, channels, channels), device=device))
-        yield row(f"product of matrices, {at}", compiled(jnp.matmul, picture, (channels, 4 * channels), device=device))
+        yield row(f"3 × 3 convolution, {level}", compiled(convolve, image, (3, 3, channels, channels)))
+        yield row(f"matrix product, {level}", compiled(jnp.matmul, image, (channels, 4 * channels)))
         kernel = "kernel" if side * side >= MIN_KERNEL_TOKENS else "attention, plain"
-        yield row(f"sparse-causal {kernel}, {at}", compiled(full_attention, qkv, qkv, qkv, device=device))
-        yield row(f"the same with its gradient, {at}", compiled(attend_and_back, *(qkv,) * 4, device=device))
-    picture, kernels = (FRAMES, 32, 32, 640), [(3, 3, 640, 640)] * 6
-    ways = {
+        yield row(f"sparse-causal {kernel}, {level}", compiled(full_attention, qkv, qkv, qkv))
+        yield row(f"the same with its gradient, {level}", compiled(attention_gradient, *(qkv,) * 4))
+    image, kernels = (FRAMES, 32, 32, 640), [(3, 3, 640, 640)] * 6
+    variants = {
         "": {},
-        ", nothing found again": {"xla_jf_hlo_deduplication": False},
-        ", code shared": {"xla_tpu_enable_deduplicated_calls": True},
+        ", without deduplication": {"xla_jf_hlo_deduplication": False},
+        ", with shared code": {"xla_tpu_enable_deduplicated_calls": True},
     }
-    for name, options in ways.items():
-        yield row(f"six convolutions alike{name}", compiled(chain, picture, *kernels, device=device, **options))
+    for name, options in variants.items():
+        yield row(f"six equal convolutions{name}", compiled(chain, image, *kernels, **options))
     for side, channels, heads in LEVELS:
         for kind in ("resnet", "transformer"):
-            for count, said in ((1, f"a {kind}"), (2, f"two {kind}s")):
-                took = compiled(*blocks(kind, side, channels, heads, count), device=device)
-                yield row(f"{said} with gradient, {channels} channels at {side}²", took)
+            for count, name in ((1, f"one {kind}"), (2, f"two {kind}s")):
+                done = compiled(*blocks(kind, side, channels, heads, count))
+                yield row(f"{name} with gradient, {channels} channels at {side}²", done)
     jax.config.update("jax_optimization_level", "O1")
-    took = compiled(*blocks("transformer", *LEVELS[0], 1), device=device)
-    yield row(f"a transformer with gradient, {LEVELS[0][1]} channels at {LEVELS[0][0]}², `O1`", took)
+    done = compiled(*blocks("transformer", *LEVELS[0], 1))
+    yield row(f"one transformer with gradient, {LEVELS[0][1]} channels at {LEVELS[0][0]}², `O1`", done)
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
-"""The attention kernels through the real TPU compiler: memory, FLOPs and bytes moved, without a TPU.
+"""The attention kernels compiled with the TPU compiler: memory, FLOPs and bytes moved, without a TPU.
 
     pip install libtpu
     python benchmarks/kernels.py --topologies v5e:1x1 v6e:1x1 v5:2x2x1 > kernels.md
 
-Temporaries are the compiler's. FLOPs and bytes are counted from what a kernel does, since the compiler does not look
-into them: every product of matrices, every block that a grid fetches or stores, with the filling that a layout brings.
+Temporaries are the compiler's. FLOPs and bytes are computed from the kernels' algorithms, because the compiler does not
+analyse kernels: every matrix product, and every block that a grid reads or writes, with the padding of its layout.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tav_jax.kernels import frame_attention
-from tav_jax.kernels.attention import BLOCK
+from tav_jax.kernels.attention import SPLASH_BLOCK
 
 KERNELS = ("plain", "splash", "fused")
 
@@ -41,53 +41,54 @@ class Work(NamedTuple):
 
 
 def work(kernel: str, way: str, shape: Shape, frames: int) -> Work:
-    """Of one call, in bfloat16. "gradient" is forward and backward."""
+    """Of one call in bfloat16. "gradient" is forward and backward."""
     tokens, heads, dim = shape
-    learned = way == "gradient"
-    # Products of a tile: q·k and p·v; in the way back q·k again, and one for each of dv, dp, dk, dq.
-    products = 2 + 5 * learned
-    seen = 2 * frames if kernel != "fused" else 2 + 2 * (frames - 2)  # in frames; 0 and 1 look at one only
-    flops = products * 2.0 * seen * heads * tokens**2 * dim
-    # One of q, k, v, …, of one frame. Where the size is the last axis it is filled up to 128.
-    filled = math.ceil(dim / 16) * 16 if kernel == "fused" else math.ceil(dim / 128) * 128
-    frame = 2.0 * heads * filled * tokens
+    backward = way == "gradient"
+    # Matrix products per tile: q·k and p·v; in the backward pass q·k again, and one for each of dv, dp, dk, dq.
+    products = 2 + 5 * backward
+    key_frames = 2 * frames if kernel != "fused" else 2 + 2 * (frames - 2)  # frames 0 and 1 attend to one frame only
+    flops = products * 2.0 * key_frames * heads * tokens**2 * dim
+    # Bytes of q, k, v or the output of one frame. A head size on the minor-most axis is padded to 128.
+    padded = math.ceil(dim / 16) * 16 if kernel == "fused" else math.ceil(dim / 128) * 128
+    frame = 2.0 * heads * padded * tokens
     if kernel == "fused":
-        forward = frame * (2 * frames + 2 * (frames - 1) + 2)  # q, out; k, v of the frames before, and of frame 0
-        backward = frame * (3 * frames + 2 * (frames - 1) + 2 + 3 * frames + 2 * 2 * 2)  # frame 0's sums in float32
-        return Work(flops, forward + learned * backward)
-    # Keys and values of two frames are read and stored side by side; in the way back their gradients are summed up.
-    side_by_side = frame * frames * (8 + 6 * learned)
+        moved = frame * (2 * frames + 2 * (frames - 1) + 2)  # q, out; k, v of the previous frames, and of frame 0
+        # The gradients of frame 0's keys and values are summed in float32.
+        moved += backward * frame * (3 * frames + 2 * (frames - 1) + 2 + 3 * frames + 2 * 2 * 2)
+        return Work(flops, moved)
+    # Keys and values of two frames are concatenated; in the backward pass their gradients are added.
+    concatenation = frame * frames * (8 + 6 * backward)
     if kernel == "splash":
-        blocks = max(1, tokens // BLOCK)  # everything is fetched again for each block of what it meets
-        forward = frame * frames * (2 + 4 * blocks)
-        backward = frame * frames * (8 + 2 * blocks * (2 + 2))  # dq is stored in a part for each block of keys
-        return Work(flops, forward + learned * backward + side_by_side)
-    scores = 4.0 * seen * heads * tokens**2
-    rows = frame * frames * (2 + 4 + learned * (4 + 8))
-    return Work(flops, rows + scores * (3 + 6 * learned) + side_by_side)
+        blocks = max(1, tokens // SPLASH_BLOCK)  # q, k and v are read again for each block of the other
+        moved = frame * frames * (2 + 4 * blocks)
+        moved += backward * frame * frames * (8 + 2 * blocks * (2 + 2))  # dq is written once for each block of keys
+        return Work(flops, moved + concatenation)
+    scores = 4.0 * key_frames * heads * tokens**2
+    rows = frame * frames * (2 + 4 + backward * (4 + 8))
+    return Work(flops, rows + scores * (3 + 6 * backward) + concatenation)
 
 
 def compiled(kernel: str, way: str, shape: Shape, frames: int, device: Any) -> dict[str, Any]:
-    """Inputs and outputs are rows `[F, T, N·D]`, as the projections around an attention make and take them."""
-    rows = jax.ShapeDtypeStruct(
+    """Inputs and outputs are `[1, F, T, N·D]`, the layout of the projections before and after attention."""
+    tokens = jax.ShapeDtypeStruct(
         (1, frames, shape.tokens, shape.heads * shape.dim), jnp.bfloat16, sharding=SingleDeviceSharding(device)
     )
 
     def forward(*qkv):
         heads = (x.reshape(*x.shape[:-1], shape.heads, shape.dim) for x in qkv)
-        return frame_attention(*heads, "sparse-causal", kernel).reshape(rows.shape)
+        return frame_attention(*heads, "sparse-causal", kernel).reshape(tokens.shape)
 
     def gradient(q, k, v, g):
         return jax.vjp(forward, q, k, v)[1](g)
 
     started = time.perf_counter()
-    program = jax.jit({"forward": forward, "gradient": gradient}[way])
+    function, count = (forward, 3) if way == "forward" else (gradient, 4)
     try:
-        done = program.lower(*(rows,) * (3 if way == "forward" else 4)).compile()
-    except Exception as error:  # the compiler refuses what does not fit
+        program = jax.jit(function).lower(*(tokens,) * count).compile()
+    except Exception as error:  # it does not fit
         return {"refused": next((line for line in str(error).splitlines() if "emory" in line), str(error)[:200])}
     return {
-        "temporaries": done.memory_analysis().temp_size_in_bytes,
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
         "compile_seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -104,13 +105,13 @@ def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topologies", nargs="+", default=["v5e:1x1"])
     parser.add_argument("--shapes", nargs="+", default=["4096x8x40", "1024x8x80", "9216x5x64"])
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--json", action="store_true", help="a line for each row, instead of a table")
-    a = parser.parse_args(given)
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")
+    a = parser.parse_args(argv)
 
     def rows() -> Iterator[dict[str, Any]]:
         for topology in a.topologies:
@@ -119,10 +120,10 @@ def main(given: list[str] | None = None) -> int:
                 shape = Shape(*map(int, text.split("x")))
                 for kernel in KERNELS:
                     for way in ("forward", "gradient"):
-                        about = {"topology": topology, "shape": text, "kernel": kernel, "way": way, "frames": a.frames}
+                        case = {"topology": topology, "shape": text, "kernel": kernel, "way": way, "frames": a.frames}
                         print(f"{topology} {text} {kernel} {way}", file=sys.stderr)
-                        counted = work(kernel, way, shape, a.frames)._asdict()
-                        yield about | counted | compiled(kernel, way, shape, a.frames, device)
+                        counts = work(kernel, way, shape, a.frames)._asdict()
+                        yield case | counts | compiled(kernel, way, shape, a.frames, device)
 
     for line in (json.dumps(row) for row in rows()) if a.json else table(rows()):
         print(line, flush=True)

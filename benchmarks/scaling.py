@@ -1,22 +1,24 @@
-"""Scaling on paper: one step of tuning Stable Diffusion 1.4 at 512², 8 to 256 frames on 1 to 256 v5e chips.
+"""Scaling by estimate: one training step of Stable Diffusion 1.4 at 512², 8 to 256 frames on 1 to 256 v5e chips.
 
-    python benchmarks/scaling.py > benchmarks/scaling.md      # and benchmarks/scaling.svg
+    python benchmarks/scaling.py > benchmarks/scaling.md      # also writes benchmarks/scaling.svg
 
-From the programs that were compiled (benchmarks/plans, see tpu_plan.py). What a chip computes and holds is a constant
-and a part for each of its frames; the line through the compiled points gives both. HBM sees less than in proportion of
-few frames, since VMEM has room for them: a power of the frames, and never less than the arguments. Between the chips:
-the exchange before and after temporal attention goes with a chip's frames, what the neighbour and frame 0 send and the
-statistics of group norms do not; and each of these messages takes a microsecond a hop, along both axes of the torus.
+The estimate interpolates the compiled programs (benchmarks/plans, see tpu_plan.py). Memory and FLOPs of a chip are
+linear in its frames, fitted by least squares. HBM traffic is a power of the frames, because VMEM holds more of a
+smaller clip, and is at least the size of the arguments. Of the communication, the exchange before and after temporal
+attention is proportional to a chip's frames; the keys and values of the previous frame and of frame 0 and the
+statistics of group norms are constant. Each of these messages takes a microsecond per hop, along both axes of the
+torus.
 
-A step takes at least its longest part, if the others hide behind it, and at most their sum. A mesh stops paying where
-it has a chip for each frame, or where twice the chips make the sum less than a quarter shorter.
+A step takes at least the time of its longest part, if the others overlap with it, and at most the sum of all parts. The
+last column says whether more chips still pay: not beyond one chip per frame, and not if twice the chips reduce the sum
+by less than a quarter.
 """
 
 import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,101 +26,104 @@ from tav_jax.plan import chips
 
 HERE = Path(__file__).parent
 FRAMES, CHIPS = (8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256)
-COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#444444")
-PAYS, HOP = 0.75, 1e-6
+MIN_GAIN = 0.75  # twice the chips pay if they take at most this share of the time
+HOP_SECONDS = 1e-6
 
 
 class Line(NamedTuple):
+    """Linear in the frames of a chip."""
+
     constant: float
-    each: float  # for a frame of the chip's
+    per_frame: float
 
     def __call__(self, frames: float) -> float:
-        return self.constant + self.each * frames
+        return self.constant + self.per_frame * frames
 
 
 class Power(NamedTuple):
-    """Grows as a power of a chip's frames, and in proportion after the most that were compiled."""
+    """A power of the frames of a chip; beyond the most that were compiled, proportional to them."""
 
-    one: float  # of a single frame
+    one_frame: float
     exponent: float
     least: float
-    most: float  # frames
+    most_frames: float
 
     def __call__(self, frames: float) -> float:
-        beyond = max(frames / self.most, 1.0)
-        return max(self.one * min(frames, self.most) ** self.exponent * beyond, self.least)
+        beyond = max(frames / self.most_frames, 1.0)
+        return max(self.one_frame * min(frames, self.most_frames) ** self.exponent * beyond, self.least)
 
 
 class Step(NamedTuple):
+    """One training step on one chip: bytes, FLOPs, and the seconds of each part."""
+
     peak: float
     flops: float
     moved: float
-    sent: float  # bytes
+    sent: float
     compute: float
     memory: float
-    wire: float
-    hops: float  # seconds
+    transfer: float
+    latency: float
 
     @property
     def least(self) -> float:
-        return max(self.compute, self.memory, self.wire + self.hops)
+        return max(self.compute, self.memory, self.transfer + self.latency)
 
     @property
     def most(self) -> float:
-        return self.compute + self.memory + self.wire + self.hops
+        return self.compute + self.memory + self.transfer + self.latency
 
 
-def compiled() -> list[dict]:
-    told = [json.loads(file.read_text()) for file in sorted((HERE / "plans").glob("sd1-v5e-*x512-tune.json"))]
-    return [{**one, **one["functions"]["tune"]} for one in told]
+def read_plans() -> list[dict]:
+    plans = [json.loads(file.read_text()) for file in sorted((HERE / "plans").glob("sd1-v5e-*x512-tune.json"))]
+    return [{**plan, **plan["functions"]["tune"]} for plan in plans]
 
 
-def at(points: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The compiled programs' values by the number of a chip's frames."""
+def values_by_frames(points: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Frames per chip, and a value of the compiled program."""
     frames = [math.ceil(p["frames"] / p["chips"]) for p in points]
     return np.array(frames, float), np.array([p[name] for p in points], float)
 
 
-def line(points: list[dict], name: str) -> Line:
-    """By least squares."""
-    each, constant = np.polyfit(*at(points, name), 1)
-    return Line(float(constant), float(each))
+def fit_line(points: list[dict], name: str) -> Line:
+    per_frame, constant = np.polyfit(*values_by_frames(points, name), 1)
+    return Line(float(constant), float(per_frame))
 
 
-def power(points: list[dict], name: str, least: float) -> Power:
-    frames, values = at(points, name)
-    exponent, one = np.polyfit(np.log(frames), np.log(values), 1)
-    return Power(math.exp(one), float(exponent), least, max(frames))
+def fit_power(points: list[dict], name: str, least: float) -> Power:
+    frames, values = values_by_frames(points, name)
+    exponent, log_one = np.polyfit(np.log(frames), np.log(values), 1)
+    return Power(math.exp(log_one), float(exponent), least, max(frames))
 
 
 class Model:
     def __init__(self, points: list[dict]):
         self.chip = chips.CHIPS["v5e"]
-        self.peak, self.flops = line(points, "peak_bytes"), line(points, "flops")
-        self.moved = power(points, "moved_bytes", points[0]["argument_bytes"])
-        one = next(p for p in points if p["chips"] == 8)
-        told, mine = one["collectives"], math.ceil(one["frames"] / one["chips"])
-        self.exchanged = told["all-to-all"]["bytes"] / mine
-        self.neighbour = told["collective-permute"]["bytes"]
-        self.summed = told["all-reduce"]["bytes"]
-        self.messages = sum(kind["times"] for kind in told.values())
+        self.peak, self.flops = fit_line(points, "peak_bytes"), fit_line(points, "flops")
+        self.moved = fit_power(points, "moved_bytes", points[0]["argument_bytes"])
+        plan = next(p for p in points if p["chips"] == 8)
+        totals = plan["collectives"]
+        self.exchanged_per_frame = totals["all-to-all"]["bytes"] / math.ceil(plan["frames"] / plan["chips"])
+        self.permuted = totals["collective-permute"]["bytes"]
+        self.reduced = totals["all-reduce"]["bytes"]
+        self.messages = sum(total["times"] for total in totals.values())
 
     def step(self, frames: int, count: int) -> Step:
-        mine = math.ceil(frames / min(count, frames))
+        per_chip = math.ceil(frames / min(count, frames))
         others = (min(count, frames) - 1) / min(count, frames)
-        sent = others * (self.exchanged * mine + 2 * self.summed) + (self.neighbour if count > 1 else 0)
-        flops, moved = self.flops(mine), self.moved(mine)
+        sent = others * (self.exchanged_per_frame * per_chip + 2 * self.reduced) + (self.permuted if count > 1 else 0)
+        flops, moved = self.flops(per_chip), self.moved(per_chip)
         chip = self.chip
-        seconds = (flops / chip.flops, moved / chip.bandwidth, sent / chip.wire)
-        across = 2 ** math.ceil(math.log2(count) / 2)  # the torus, as square as it can be
-        hops = self.messages * HOP * (across + count // across) if count > 1 else 0.0
-        return Step(self.peak(mine), flops, moved, sent, *seconds, hops)
+        seconds = (flops / chip.flops, moved / chip.bandwidth, sent / chip.ring_bandwidth)
+        side = 2 ** math.ceil(math.log2(count) / 2)  # of the most square torus
+        latency = self.messages * HOP_SECONDS * (side + count // side) if count > 1 else 0.0
+        return Step(self.peak(per_chip), flops, moved, sent, *seconds, latency)
 
-    def stops(self, frames: int) -> int:
-        """The last number of chips that still pays."""
+    def last_paying(self, frames: int) -> int:
+        """The largest number of chips that pays."""
         pays = 1
         for count in CHIPS[1:]:
-            if count > frames or self.step(frames, count).most > PAYS * self.step(frames, count // 2).most:
+            if count > frames or self.step(frames, count).most > MIN_GAIN * self.step(frames, count // 2).most:
                 break
             pays = count
         return pays
@@ -126,14 +131,14 @@ class Model:
 
 def table(model: Model) -> str:
     lines = [
-        "| frames | chips | GB a chip | TFLOP a chip | GB over HBM | MB sent | a step, least–most | pays |",
+        "| frames | chips | GB per chip | TFLOP per chip | HBM traffic, GB | sent, MB | a step, least–most | pays |",
         "|" + "---:|" * 7 + "---|",
     ]
     for frames in FRAMES:
         for count in (c for c in CHIPS if c <= frames):
             s = model.step(frames, count)
             fits = "" if s.peak <= model.chip.hbm else " (too much)"
-            pays = "yes" if count <= model.stops(frames) else "no"
+            pays = "yes" if count <= model.last_paying(frames) else "no"
             lines.append(
                 f"| {frames} | {count} | {s.peak / 1e9:.1f}{fits} | {s.flops / 1e12:.1f} | {s.moved / 1e9:.1f} | "
                 f"{s.sent / 1e6:.0f} | {s.least * 1e3:.0f}–{s.most * 1e3:.0f} ms | {pays} |"
@@ -141,74 +146,52 @@ def table(model: Model) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(model: Model) -> str:
+def plot(model: Model) -> Any:
     """Two panels over chips: the time of a step, and the memory of a chip."""
-    wide, high, top, bottom, side, gap = 980, 420, 40, 50, 60, 90
-    panel = (wide - 2 * side - gap - 60) / 2
+    from matplotlib.figure import Figure
 
-    def x(left: float, count: int) -> float:
-        return left + panel * math.log2(count) / 8
-
-    def y(value: float, low: float, upper: float) -> float:
-        share = (math.log2(value) - math.log2(low)) / (math.log2(upper) - math.log2(low))
-        return high - bottom - (high - top - bottom) * min(max(share, 0), 1)
-
-    def words(px: float, py: float, said: str, anchor: str = "middle", colour: str = "#222") -> str:
-        return f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}" fill="{colour}">{said}</text>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{wide}" height="{high}" fill="white"/>',
-    ]
+    figure = Figure(figsize=(9.8, 4.2), layout="constrained")
     limit = model.chip.hbm / 1e9
-    panels = (
-        (side, "a step at most, ms (full dot: where the mesh stops paying)", 16, 8192, (16, 64, 256, 1024, 4096)),
-        (side + panel + gap, f"GB a chip (dashed: a v5e has {limit:.1f})", 2, 128, (2, 4, 8, 16, 32, 64, 128)),
-    )
-    for number, (left, title, low, upper, ticks) in enumerate(panels):
-        parts.append(words(left, 20, title, "start"))
-        for tick in ticks:
-            level = y(tick, low, upper)
-            parts.append(
-                f'<line x1="{left}" x2="{left + panel:.1f}" y1="{level:.1f}" y2="{level:.1f}" stroke="#e4e4e4"/>'
-            )
-            parts.append(words(left - 8, level + 4, str(tick), "end", "#555"))
-        for count in CHIPS:
-            parts.append(words(x(left, count), high - bottom + 18, str(count), colour="#555"))
-        parts.append(words(left + panel / 2, high - 10, "chips", colour="#555"))
-        if number:
-            level = y(limit, low, upper)
-            parts.append(
-                f'<line x1="{left}" x2="{left + panel:.1f}" y1="{level:.1f}" y2="{level:.1f}" stroke="#b00020" '
-                'stroke-dasharray="6 4"/>'
-            )
-        for frames, colour in zip(FRAMES, COLOURS, strict=True):
-            counts = [count for count in CHIPS if count <= frames]
-            values = [model.step(frames, count) for count in counts]
-            heights = [y(v.peak / 1e9 if number else v.most * 1e3, low, upper) for v in values]
-            path = " ".join(f"{x(left, c):.1f},{h:.1f}" for c, h in zip(counts, heights, strict=True))
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            for count, level in zip(counts, heights, strict=True):
-                full = colour if number or count == model.stops(frames) else "white"
-                size = 3 if number else 4.5 if count == model.stops(frames) else 3
-                parts.append(
-                    f'<circle cx="{x(left, count):.1f}" cy="{level:.1f}" r="{size}" fill="{full}" stroke="{colour}"/>'
-                )
-            if number:
-                parts.append(
-                    words(wide - side + 4, top + 20 + 20 * FRAMES.index(frames), f"{frames} frames", "end", colour)
-                )
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    time, memory = figure.subplots(1, 2)
+    time.set(title="a step at most, ms (filled: the last number of chips that pays)", ylim=(16, 8192))
+    memory.set(title=f"GB per chip (dashed: a v5e has {limit:.1f})", ylim=(2, 128))
+    memory.axhline(limit, color="#b00020", linestyle="--")
+    for frames in FRAMES:
+        counts = [count for count in CHIPS if count <= frames]
+        steps = [model.step(frames, count) for count in counts]
+        (line,) = time.plot(counts, [step.most * 1e3 for step in steps], "o-", markersize=4, markerfacecolor="white")
+        colour, last = line.get_color(), counts.index(model.last_paying(frames))
+        time.plot(counts[last], steps[last].most * 1e3, "o", color=colour, markersize=7)
+        memory.plot(
+            counts, [step.peak / 1e9 for step in steps], "o-", markersize=4, color=colour, label=f"{frames} frames"
+        )
+    for axes in (time, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("chips")
+        axes.set_xticks(CHIPS)
+        axes.grid(axis="y", color="#e4e4e4")
+        axes.title.set_fontsize(10)
+    memory.legend(fontsize="small")
+    return figure
+
+
+def save_svg(figure: Any, path: Path) -> None:
+    """The same figure gives the same file."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "tav_jax", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> int:
-    points = compiled()
+    points = read_plans()
     if len({math.ceil(p["frames"] / p["chips"]) for p in points}) < 2:
-        raise SystemExit(
-            "benchmarks/plans needs tuning on v5e with two different numbers of frames a chip; tpu_plan.py"
-        )
+        raise SystemExit("benchmarks/plans needs tuning on v5e with two numbers of frames per chip; run tpu_plan.py")
     model = Model(points)
-    (HERE / "scaling.svg").write_text(picture(model))
+    save_svg(plot(model), HERE / "scaling.svg")
     print(table(model))
     return 0
 

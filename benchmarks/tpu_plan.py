@@ -1,11 +1,11 @@
-"""Stable Diffusion's programs through the real TPU compiler, at full size, without a TPU.
+"""Stable Diffusion's programs at full size, compiled with the TPU compiler, without a TPU.
 
     pip install libtpu
-    python benchmarks/tpu_plan.py            # compiles what benchmarks/plans/ lacks, and prints the table
-    python benchmarks/tpu_plan.py --table    # the table alone, of what there is
+    python benchmarks/tpu_plan.py            # compiles what is missing in benchmarks/plans/, and prints the table
+    python benchmarks/tpu_plan.py --table    # prints the table of the existing plans
 
-Each program takes from two minutes (sampling on eight chips) to 25 on one core, and up to 10 GB of memory. A file for
-each, so that they can be compiled in pieces; it says with which versions.
+Each program takes from two minutes (sampling on eight chips) to 25 on one core, and up to 10 GB of memory. Each has a
+file with the versions that it was compiled with, so they can be compiled one by one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOLDER = Path(__file__).parent / "plans"
+PLANS = Path(__file__).parent / "plans"
 GB = 1e9
 
 
@@ -35,7 +35,7 @@ class Job(NamedTuple):
     def file(self) -> Path:
         remat = "" if self.remat == "block" else f"-{self.remat}"
         level = self.level and f"-{self.level}"
-        return FOLDER / f"{self.model}-{self.topology}-{self.frames}x{self.side}-{self.function}{remat}{level}.json"
+        return PLANS / f"{self.model}-{self.topology}-{self.frames}x{self.side}-{self.function}{remat}{level}.json"
 
 
 JOBS = (
@@ -61,20 +61,20 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("libtpu", "jax", "jaxlib", "flax")}
 
 
-def compile_(job: Job) -> None:
+def compile_job(job: Job) -> None:
     clip = {"frames": job.frames, "height": job.side, "width": job.side}
-    line = [sys.executable, "-m", "tav_jax", "plan", "--json", "--no-search", f"--topology={job.topology}"]
-    line += [f"--function={job.function}", f"--config.model.path={job.model}", f"--config.train.remat={job.remat}"]
-    line += [f"--config.clip.{name}={value}" for name, value in clip.items()]
-    asked = os.environ | ({"JAX_OPTIMIZATION_LEVEL": job.level} if job.level else {})
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=asked)
+    command = [sys.executable, "-m", "tav_jax", "plan", "--json", "--no-search", f"--topology={job.topology}"]
+    command += [f"--function={job.function}", f"--config.model.path={job.model}", f"--config.train.remat={job.remat}"]
+    command += [f"--config.clip.{name}={value}" for name, value in clip.items()]
+    env = os.environ | ({"JAX_OPTIMIZATION_LEVEL": job.level} if job.level else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
     if not done.stdout:
         raise SystemExit(f"{job} could not be compiled; status {done.returncode}")
-    about = {"compiled_with": versions(), "on": time.strftime("%Y-%m-%d"), **json.loads(done.stdout)}
-    FOLDER.mkdir(exist_ok=True)
-    scratch = job.file.with_suffix(".partial")
-    scratch.write_text(json.dumps(about, indent=1) + "\n")
-    scratch.replace(job.file)
+    content = {"compiled_with": versions(), "on": time.strftime("%Y-%m-%d"), **json.loads(done.stdout)}
+    PLANS.mkdir(exist_ok=True)
+    partial = job.file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(job.file)
 
 
 def table() -> str:
@@ -85,8 +85,8 @@ def table() -> str:
     ]
     for job in JOBS:
         if job.file.exists():
-            told = json.loads(job.file.read_text())
-            lines.append(_row(job, told["functions"][job.function]))
+            plan = json.loads(job.file.read_text())
+            lines.append(_row(job, plan["functions"][job.function]))
     return "\n".join(lines) + "\n"
 
 
@@ -112,13 +112,13 @@ def _row(job: Job, r: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    read.add_argument("--table", action="store_true", help="compile nothing")
-    if not read.parse_args().table:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    if not parser.parse_args().table:
         for job in JOBS:
             if not job.file.exists():
                 print(f"compiling {job}", file=sys.stderr, flush=True)
-                compile_(job)
+                compile_job(job)
     print(table())
     return 0
 
