@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+from tav_jax.plan import ENVIRONMENT
+
+os.environ |= ENVIRONMENT
 
 import jax
 import jax.numpy as jnp
