@@ -90,7 +90,7 @@ def plot(name: str, points: Sequence[Point]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot(title=f"{name}: peak memory per chip", xlabel="frames", ylabel="GiB", ylim=(0, None))
+    axes = figure.add_subplot(title=f"{name}: peak memory per chip", xlabel="frames", ylabel="GiB")
     colours = {}
     for topology in dict.fromkeys(p.topology for p in points):
         line = sorted((p.frames, p.peak / GIB) for p in points if p.topology == topology)
@@ -103,7 +103,10 @@ def plot(name: str, points: Sequence[Point]) -> Any:
         places = [p.frames for p in some], [p.peak / GIB for p in some]
         axes.scatter(*places, facecolors=faces, edgecolors=edges, zorder=3, label=label)
     for chip in dict.fromkeys(p.topology.chip for p in points):
-        axes.axhline(chip.hbm / GIB, color="#b00020", linestyle="--", label=f"{chip.name}: {chip.hbm / GIB:.2f} GiB")
+        limit = chip.hbm / GIB
+        axes.axhline(limit, color="#b00020", linestyle="--")
+        right = max(p.frames for p in points)
+        axes.text(right, limit, f"{chip.name}: {limit:.2f} GiB", color="#b00020", ha="right", va="bottom")
     axes.set_ylim(bottom=0)
     axes.set_xticks(sorted({p.frames for p in points}))
     axes.grid(axis="y", color="#e4e4e4")

@@ -433,3 +433,6 @@ def test_a_sweep_compiles_the_ends_and_interpolates_between(tmp_path):
     figure = plan_sweep.plot("tune", points)
     compiled, interpolated = figure.axes[0].collections
     assert (len(compiled.get_offsets()), len(interpolated.get_offsets())) == (4, 4)
+    assert figure.axes[0].get_ylim()[1] > 27  # every point is visible
+    plan_sweep.save_svg(figure, tmp_path / "tune.svg")
+    assert "v5e: 15.75 GiB" in (tmp_path / "tune.svg").read_text()
