@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--function is {unknown[0]!r}; it must be one of {', '.join(NAMES)}")
     config.clip.frames = int(frames[0])  # each job of the sweep has its own
     job = read_job(config, topologies[0])
-    directory = Path(arguments.cache) if arguments.cache else compilation_cache.base() / "plans"
+    directory = Path(arguments.cache) if arguments.cache else compilation_cache.cache_directory() / "plans"
     cache = ReportCache(directory, log=lambda line: print(line, file=sys.stderr))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,12 @@ from tav_jax.training import train_step
 MODEL = REFERENCE / "sd1/model"
 
 
-def tav_plan(model, cache, *arguments) -> SimpleNamespace:
+def tav_plan(model, user_cache, *arguments) -> SimpleNamespace:
     """In its own process, without the environment variables that the tests set for JAX."""
-    command = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}", f"--cache={cache}"]
+    command = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}"]
     sizes = [f"--config.clip.{name}={value}" for name, value in (("frames", 8), ("height", 32), ("width", 32))]
     env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    env |= LOOKING_THERE
+    env |= LOOKING_THERE | {"XDG_CACHE_HOME": str(user_cache)}
     done = subprocess.run([*command, *sizes, *arguments], capture_output=True, text=True, env=env, timeout=900)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
@@ -48,7 +48,7 @@ def small(tmp_path_factory):
 
 @with_libtpu
 def test_memory_of_tuning_on_one_chip(small, tmp_path):
-    options = ("--topology=v5e-1", "--json", "--function=tune")
+    options = ("--topology=v5e-1", "--json", "--function=tune", f"--cache={tmp_path}/reports")
     done = tav_plan(small, tmp_path, *options)
     assert done.code == 0, done.err
     (line,) = done.out.splitlines()
@@ -72,6 +72,7 @@ def test_memory_of_tuning_on_one_chip(small, tmp_path):
     assert exact <= tune["moved_bytes"] <= tune["touched_bytes"]
     again = tav_plan(small, tmp_path, *options)
     assert (again.out, "compiling" in done.err, "compiling" in again.err) == (done.out, True, False)
+    assert len(list(tmp_path.glob("reports/*.json"))) == 1
 
 
 def tiled_size(shape) -> int:
@@ -117,3 +118,4 @@ def test_a_program_that_does_not_fit_reports_how_much_it_needs(small, tmp_path):
     decode = content["functions"]["decode"]
     assert (done.code, content["fits"], decode["fits"], decode["error"]) == (0, False, False, "")
     assert decode["peak_bytes"] >= 8000 * 512 * 512 * 3 * 4  # the frames alone
+    assert len(list(tmp_path.glob("tav_jax/plans/*.json"))) == 1

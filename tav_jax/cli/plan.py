@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if unknown := [name for name in arguments.function if name not in NAMES]:
         raise InputError(f"--function is {short_repr(unknown[0])}; it must be one of {', '.join(NAMES)}")
     job = read_job(config, parse_topology(arguments.topology))
-    directory = Path(arguments.cache) if arguments.cache else compilation_cache.base() / "plans"
+    directory = Path(arguments.cache) if arguments.cache else compilation_cache.cache_directory() / "plans"
     cache = ReportCache(directory, log=lambda line: print(line, file=sys.stderr))
     reports = [cache.get(job, name) for name in NAMES if name in (arguments.function or NAMES)]
     changes = {}
