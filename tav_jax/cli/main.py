@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tav_jax import __version__
 from tav_jax.distributed import processes
-from tav_jax.errors import ProcessLostError, TavError
+from tav_jax.errors import TavError
 
 DESCRIPTION = "One-shot video tuning on JAX: from one clip and one sentence to edited clips."
 SETTINGS = """\
@@ -173,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if "RESOURCE_EXHAUSTED" in str(error):  # outside of the code that can suggest a size
             return fail("the device's memory ran out; use fewer frames or a smaller size", TavError.exit_code)
-        if lost := processes.lost_process(5.0):  # a program failed because another process has gone
-            return fail(lost, ProcessLostError.exit_code)
+        processes.wait_for_abort(error)
         raise
 
 

@@ -11,7 +11,7 @@ from tav_jax.training.preemption import Stop
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     silence_background_tracebacks()
     with Stop() as stop:  # before anything slow is imported
-        processes.initialize()
+        processes.initialize(preemption=True)
         config = read_config(rest)
         from tav_jax.distributed import compilation_cache
         from tav_jax.training.loop import train

@@ -1,281 +1,326 @@
-"""Several processes that work as one, such as those of a TPU slice's hosts: how they find each other and agree.
+"""Runs of several processes, such as one on each host of a TPU slice, on JAX's coordination service.
 
-All of them run the same programs on one mesh; process 0 alone writes. `join` finds out whether there are others:
+All processes run the same program on one mesh; only process 0 writes. `initialize` finds the other processes:
 
-    TAV_COORDINATOR=host:port  TAV_PROCESSES=2  TAV_PROCESS=0    on each, with a number of its own
-    srun, mpirun, Cloud TPU slices, GKE                          by themselves, as `jax.distributed` knows them
+    TAV_COORDINATOR=host:port  TAV_PROCESSES=2  TAV_PROCESS=0    in each process, with its own number
+    srun, mpirun, Cloud TPU slices, GKE                          without settings, as `jax.distributed` detects them
 
-JAX takes the coordinator's port, `line.py` the one above it. With a single process nothing here does anything.
+With a single process nothing here has an effect.
 """
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from tav_jax import errors
-from tav_jax.distributed.line import Line, differences
-from tav_jax.distributed.line import join as join_line
-from tav_jax.errors import InputError, ProcessLostError, TavError
+from tav_jax.errors import InputError, ProcessLostError, StoppedError, TavError
 
 Value = TypeVar("Value")
 
-NAMES = ("TAV_COORDINATOR", "TAV_PROCESSES", "TAV_PROCESS")
-WAIT = 300.0  # seconds for all to come, unless TAV_WAIT says otherwise
-LONGEST = 3600.0  # seconds that one may be behind the others: it may still be compiling
-GRACE = 5.0  # seconds to come to an end by oneself after another has gone
-AT_THE_END = "the end"
+VARIABLES = ("TAV_COORDINATOR", "TAV_PROCESSES", "TAV_PROCESS")
+WAIT = 300.0  # seconds for all processes to connect; TAV_WAIT overrides it
+HEARTBEAT = 30  # seconds after which JAX takes a silent process for dead, and ends the others
+LONGEST = 3600  # seconds that a process may be behind the others: it may still be compiling
+GRACE = 3.0  # seconds that a process has to end with its own message after another one has failed
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where this process is among the others."""
-
+class Group:
     coordinator: str
     count: int
     index: int
-    devices: Any = None  # the local devices that it shall use; None: all
+    local_devices: Any = None  # numbers of the devices that this process uses; None: all
 
 
-_line: Line | None = None
-_looked = False
-_leaving = False
+_group: Group | None = None  # None: a single process
+_initialized = False
+_exchanges = 0  # calls of `gather`
+_last_step = 0  # the argument of the last call of `stop_at_this_step`
+_watcher: threading.Thread | None = None
+_ending = threading.Event()  # this process ends with its own message
+_finished = threading.Event()  # this process has finished
 
 
-# ------------------------------------------------------------------------------------------------------- beginning
+def initialize(*, preemption: bool = False) -> None:
+    """Connect to the other processes, if there are any. Call it before JAX is used; further calls do nothing.
 
-
-def initialize() -> None:
-    """Find the other processes, if there are any. To be called before JAX is used; again does nothing."""
-    global _line, _looked
-    if _looked:
+    With `preemption`, SIGTERM only notifies `stop_at_this_step`; otherwise it keeps the effect that it had.
+    """
+    global _group, _initialized, _watcher
+    if _initialized:
         return
-    seconds = _seconds()
-    place = _given() or _detected(seconds)
-    if place is None or place.count == 1:
-        _looked = True
+    seconds = _wait_seconds()
+    group = _from_environment() or _detect(seconds)
+    _initialized = True
+    if group is None or group.count == 1:
         return
-
     import jax
 
     from tav_jax import __version__
 
     if jax.distributed.is_initialized():
-        raise InputError(
-            "jax.distributed.initialize() was called before; leave it to tav_jax.distributed.processes.initialize(), which knows who is "
-            "missing"
-        )
-    host, _, port = place.coordinator.rpartition(":")
-    host = host.strip("[]")
-    about = {"tav_jax": __version__, "jax": jax.__version__}
-    _line = join_line(host, int(port) + 1, place.count, place.index, about, seconds, _on_loss)
-    before = signal.getsignal(signal.SIGTERM)
+        raise InputError("jax.distributed.initialize() was called before; leave it to processes.initialize()")
+    others = [index for index in range(group.count) if index != group.index]
+    missing = (
+        f"{'at least one of ' * (len(others) > 1)}{_names(others)} did not connect to {group.coordinator} within "
+        f"{seconds:g} seconds; start the same command in all {group.count} processes, or set TAV_WAIT to more seconds"
+    )
+    timer = threading.Timer(seconds, _end, (InputError.exit_code, missing))  # JAX would abort, and name no process
+    timer.start()
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.count,
-            place.index,
-            place.devices,
+            group.coordinator,
+            group.count,
+            group.index,
+            group.local_devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=int(seconds) + 1,
+            initialization_timeout=int(seconds) + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LONGEST,
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"process {place.index} could not join the others at {place.coordinator} ({str(error).splitlines()[0]}); "
-            "call tav_jax.distributed.processes.initialize() before anything that uses JAX"
+            f"process {group.index} cannot use {group.coordinator} ({str(error).splitlines()[0]}); give a free port of "
+            "process 0, and call processes.initialize() before JAX is used"
         ) from error
-    with contextlib.suppress(ValueError):  # JAX keeps SIGTERM to itself; in a thread it cannot be given back
-        signal.signal(signal.SIGTERM, before)
-    _looked = True
-    atexit.register(_at_exit)  # runs before JAX's own, which would wait for the others without a word
+    finally:
+        timer.cancel()
+    if not preemption:
+        with contextlib.suppress(ValueError):  # outside of the main thread JAX's handler stays
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    _group = group
+    _watcher = threading.Thread(target=_watch, args=(_client(),), daemon=True)
+    _watcher.start()
+    atexit.register(_at_exit)  # runs before JAX's exit function, which waits for the other processes
+    check_same({"the number of processes": group.count, "tav_jax": __version__, "jax": jax.__version__})
 
 
-def require_single_process(what: str) -> None:
-    """For what makes no sense on several."""
-    place = _given() or _detected(_seconds())
-    if place is not None and place.count > 1:
-        raise InputError(
-            f"{what} is for one process; on one machine of several: TAV_PROCESSES=1 JAX_PLATFORMS=cpu {what}"
-        )
+def require_single_process(command: str) -> None:
+    """Refuse a command that supports one process only."""
+    group = _from_environment() or _detect(_wait_seconds())
+    if group is not None and group.count > 1:
+        alone = f"TAV_PROCESSES=1 JAX_PLATFORMS=cpu {command}"
+        raise InputError(f"{command} supports a single process; on one machine of several, run {alone}")
 
 
-def _seconds() -> float:
-    given = os.environ.get("TAV_WAIT", "").strip()
+def _names(indices: list[int]) -> str:
+    return f"process{'es' * (len(indices) > 1)} {', '.join(map(str, indices))}"
+
+
+def _wait_seconds() -> float:
+    value = os.environ.get("TAV_WAIT", "").strip()
     try:
-        seconds = float(given or WAIT)
+        seconds = float(value or WAIT)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= 86400:
-        raise InputError(f"TAV_WAIT is {given!r}; give the seconds to wait for other processes, above 0 to 86400")
+        raise InputError(f"TAV_WAIT is {value!r}; it must be the seconds to wait for other processes, above 0 to 86400")
     return seconds
 
 
-def _given() -> _Place | None:
-    """As the environment says in our own words. TAV_PROCESSES=1 alone means: whatever else is there, only this one."""
-    given = {name: os.environ.get(name, "").strip() for name in NAMES}
-    if not any(given.values()):
+def _from_environment() -> Group | None:
+    """The group that the TAV_ variables describe. TAV_PROCESSES=1 alone turns off the detection of other processes."""
+    values = [os.environ.get(name, "").strip() for name in VARIABLES]
+    if not any(values):
         return None
-    numbers = {}
-    for name in NAMES[1:]:
-        if given[name] and not given[name].isdecimal():
-            raise InputError(f"{name} is {given[name]!r}; it must be a whole number")
-        numbers[name] = int(given[name] or -1)
-    count, index = numbers.values()
+    for name, value in zip(VARIABLES[1:], values[1:], strict=True):
+        if value and not value.isdecimal():
+            raise InputError(f"{name} is {value!r}; it must be a whole number")
+    address, count, index = values[0], *(int(value or -1) for value in values[1:])
     if count == 1:
-        return _Place("", 1, 0)
-    if missing := [name for name in NAMES if not given[name]]:
-        raise InputError(f"{', '.join(missing)} must be set, too: {', '.join(NAMES)} belong together")
+        return Group("", 1, 0)
+    if missing := [name for name, value in zip(VARIABLES, values, strict=True) if not value]:
+        raise InputError(f"{', '.join(missing)} must be set, too: {', '.join(VARIABLES)} belong together")
     if not 0 <= index < count:
         raise InputError(f"TAV_PROCESS is {index}; with TAV_PROCESSES={count} it must be 0 to {count - 1}")
-    host, _, port = given["TAV_COORDINATOR"].rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
-        raise InputError(
-            f"TAV_COORDINATOR is {given['TAV_COORDINATOR']!r}; it must be host:port of process 0, the port below 65535"
-        )
-    return _Place(given["TAV_COORDINATOR"], count, index)
+        raise InputError(f"TAV_COORDINATOR is {address!r}; it must be host:port of process 0, the port below 65535")
+    return Group(address, count, index)
 
 
-def _detected(seconds: float) -> _Place | None:
-    """As `jax.distributed.initialize()` would find out by itself: it would not say who is missing, but abort."""
+# The two private parts of JAX that are used: its detection of the group, which is public only as a part of connecting,
+# and the key-value store of its coordination service, which Orbax uses in the same way.
+
+
+def _detect(seconds: float) -> Group | None:
     from jax._src.clusters import ClusterEnv
 
-    tpu = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-    usual = ("slurm", "ompi", *("gcetpu", "gketpu") * tpu)
+    methods = ["slurm", "ompi"] + ["gcetpu", "gketpu"] * ("tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
     try:
-        kinds = [kind for kind in ClusterEnv._cluster_types if kind.name in usual]
-        found = next((kind.name for kind in kinds if kind.is_env_present()), None)
-        if found is None:
+        clusters = [cluster for cluster in ClusterEnv._cluster_types if cluster.name in methods]
+        method = next((cluster.name for cluster in clusters if cluster.is_env_present()), None)
+        if method is None:
             return None
-        find = ClusterEnv.auto_detect_unset_distributed_params
-        coordinator, count, index, devices = find(None, None, None, None, found, int(seconds) + 1)
+        detect = ClusterEnv.auto_detect_unset_distributed_params
+        coordinator, count, index, devices = detect(None, None, None, None, method, int(seconds) + 1)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(
-            f"this machine is one of several, and the others cannot be found ({error}); name them with "
-            f"{', '.join(NAMES)}, or set TAV_PROCESSES=1 to work alone"
+            f"this machine is one of several, and the others cannot be found ({error}); set {', '.join(VARIABLES)}, "
+            "or TAV_PROCESSES=1 for a single process"
         ) from error
     if coordinator is None or count is None or index is None:
         return None
-    return _Place(coordinator, count, index, devices)
+    return Group(coordinator, count, index, devices)
 
 
-# --------------------------------------------------------------------------------------------------------- agreeing
+def _client() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def process_count() -> int:
-    return 1 if _line is None else _line.count
+    return 1 if _group is None else _group.count
 
 
 def is_multiprocess() -> bool:
-    return _line is not None
+    return _group is not None
 
 
 def is_primary() -> bool:
-    """Is this the one that writes?"""
-    return _line is None or _line.index == 0
+    """Whether this is the process that writes."""
+    return _group is None or _group.index == 0
 
 
 def gather(what: str, value: Value) -> list[Value]:
-    """Each process's value (of what JSON knows), in their order; `what` is said of one that does not come."""
-    return [value] if _line is None else _line.exchange(what, value, LONGEST)
+    """The value (of JSON types) of each process, in their order. `what` names the exchange in error messages."""
+    global _exchanges
+    if _group is None:
+        return [value]
+    _exchanges += 1
+    client, key, failure = _client(), f"tav/{_exchanges}/", None
+    client.key_value_set(f"{key}{_group.index}", json.dumps([what, value]))
+    try:
+        client.wait_at_barrier(key, LONGEST * 1000)
+    except RuntimeError as error:
+        failure = error
+    entries = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(key)}
+    if failure is not None:
+        late = [index for index in range(_group.count) if index not in entries]
+        raise ProcessLostError(f"{_names(late)} did not reach “{what}” within {LONGEST} seconds") from failure
+    for index, (other, _) in entries.items():
+        if other != entries[0][0]:
+            raise ProcessLostError(f"process {index} is at “{other}” while process 0 is at “{entries[0][0]}”")
+    return [entries[index][1] for index in sorted(entries)]
 
 
 def barrier(what: str) -> None:
-    """Go on when all are here."""
     gather(what, None)
 
 
 def any_process(flag: bool) -> bool:
-    """Any process's True is everyone's True. It takes one round trip of a few bytes: cheap enough for every step."""
-    return any(gather("agreeing", bool(flag)))
+    """Whether the flag is true in any process."""
+    return any(gather("any_process", bool(flag)))
 
 
-def run_on_primary(what: str, make: Callable[[], Value]) -> Value:
-    """What `make` gives on process 0, to all; a sentence that it raises there is raised by all."""
-    if _line is None:
-        return make()
-    told: dict[str, Any] = {}
-    failure = None
+def run_on_primary(what: str, function: Callable[[], Value]) -> Value:
+    """Run the function in process 0 and return its value in all; a `TavError` that it raises is raised in all."""
+    if _group is None:
+        return function()
+    result: dict[str, Any] = {}
     if is_primary():
         try:
-            told["value"] = make()
+            result["value"] = function()
         except TavError as error:
-            failure = error
-            told.update(error=str(error), kind=type(error).__name__)
-    told = gather(what, told)[0]
-    if failure is not None:
-        raise failure
-    if "error" in told:
-        raise getattr(errors, told["kind"], TavError)(told["error"])
-    return told["value"]
+            result.update(error=str(error), kind=type(error).__name__)
+    result = gather(what, result)[0]
+    if "error" in result:
+        raise getattr(errors, result["kind"], TavError)(result["error"])
+    return result["value"]
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Refuse to go on where the processes were given different things."""
-    if _line is None:
+    """Refuse values that differ between the processes."""
+    if _group is None:
         return
-    tables = gather("comparing what was given", dict(values))
-    if different := differences(tables, range(len(tables))):
-        raise InputError(f"the processes were started differently: {different}; start the same on all of them")
+    first, *others = gather("comparing the settings", dict(values))
+    if differences := [
+        f"{name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on process {index}"
+        for index, other in enumerate(others, 1)
+        for name in {**first, **other}
+        if first.get(name) != other.get(name)
+    ]:
+        raise InputError(f"the processes differ: {'; '.join(differences)}; start the same command in all of them")
 
 
-# ----------------------------------------------------------------------------------------------------------- ending
+def stop_at_this_step(step: int, requested: bool) -> bool:
+    """Whether to stop after this step, the same in all processes: after SIGTERM or a request in any of them.
+
+    Steps count from 1, in a single training run per process. JAX notifies the processes in the background.
+    """
+    global _last_step
+    if _group is None:
+        return requested
+    from jax.experimental import multihost_utils
+
+    if requested:  # by Ctrl-C
+        signal.raise_signal(signal.SIGTERM)  # JAX's handler
+    # JAX chooses the step after the last one that any process has asked for: step 1 where SIGTERM arrives before a run
+    # continues. So no step may be left out.
+    steps, _last_step = range(_last_step + 1, step + 1), step
+    return any(map(multihost_utils.reached_preemption_sync_point, steps))
 
 
-def lost_process(seconds: float = 0.0) -> str | None:
-    """Why the others stopped, if they did; a program that breaks may know of it a little before the line does."""
-    if _line is None:
-        return None
-    _line.lost.wait(seconds)
-    return _line.loss and _advised(_line.loss)
+def _watch(client: Any) -> None:
+    """End this process when another one fails, also while this one waits for a device."""
+    with contextlib.suppress(RuntimeError):  # JAX has disconnected
+        while not (messages := client.key_value_dir_get("tav/stopped/")):
+            if _finished.wait(0.5):
+                return
+        if not _ending.wait(GRACE):
+            _end(ProcessLostError.exit_code, f"{messages[0][1]}; run the same command again in all processes")
 
 
-def _advised(sentence: str) -> str:
-    return f"{sentence}, so all stopped; what was finished is whole. Run the same command again on all processes."
+def wait_for_abort(error: Exception) -> None:
+    """After an error: if another process may have died, wait until JAX notices it, names it and aborts this one."""
+    if _group is not None and ("Gloo" in str(error) or type(error).__name__ == "JaxRuntimeError"):
+        print(
+            f"tav: a computation of all processes failed ({str(error).splitlines()[0]}); if one of them has died, JAX "
+            f"names it within {HEARTBEAT + 15} seconds",
+            file=sys.stderr,
+        )
+        time.sleep(HEARTBEAT + 15)
 
 
-def _on_loss(sentence: str) -> None:
-    """A device that waits for one that has gone waits for ever, and nothing in Python can wake it."""
-    if "process 0 has died" not in sentence:  # with it goes JAX's own service, and JAX aborts at once
-        time.sleep(GRACE)
-    if _leaving:
+def exit_all(message: str, code: int) -> None:
+    """End this process with the status, and the others with the message. Alone, or after a common stop: do nothing."""
+    if _group is None or code == StoppedError.exit_code:
         return
-    print(f"tav: {_advised(sentence)}", file=sys.stderr, flush=True)
-    _end_now(ProcessLostError.exit_code)
+    _ending.set()
+    with contextlib.suppress(RuntimeError):
+        _client().key_value_set(f"tav/stopped/{_group.index}", f"process {_group.index} stopped: {message}")
+    if is_primary():  # without the coordination service JAX aborts the others, before they print the message
+        time.sleep(2 * GRACE)
+    _end(code)
 
 
-def exit_all(sentence: str, code: int) -> None:
-    """This process stops with this sentence: tell the others, and end. Alone it does nothing."""
-    global _leaving
-    if _line is None:
-        return
-    _leaving = True
-    if not _line.lost.is_set():
-        _line.stop(f"process {_line.index} stopped: {sentence}")
-    _line.close(2 * GRACE)
-    _end_now(code)
-
-
-def _end_now(code: int) -> NoReturn:
-    """JAX's way out would wait for the others for minutes, and abort."""
+def _end(code: int, message: str = "") -> NoReturn:
+    """End this process without JAX's exit function, which waits for the others."""
     with contextlib.suppress(OSError, ValueError):
+        if message:
+            print(f"tav: {message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
+@atexit.register  # if JAX is imported later than this module, its exit function has already waited for the others
+def _finish() -> None:
+    """Stop the watcher: Python must not end while a thread is in JAX's code."""
+    _finished.set()
+    if _watcher is not None:
+        _watcher.join(GRACE)
+
+
 def _at_exit() -> None:
-    """All end together: one that still writes is waited for. One that ends by an exception says so."""
-    assert _line is not None
     if (error := getattr(sys, "last_value", None)) is not None:  # Python has printed it
         exit_all(f"{type(error).__name__}: {error}", 1)
-    try:
-        barrier(AT_THE_END)
-    except TavError as error:
-        print(f"tav: {error}", file=sys.stderr)
-        exit_all(str(error), error.exit_code)
-    _line.say_goodbye()

@@ -72,7 +72,7 @@ def _train(run: Run, stop: Stop) -> None:
 
     def needs_all_metrics(done: int) -> bool:
         nonlocal stopping
-        stopping = processes.any_process(stop.requested)  # all processes stop after the same step
+        stopping = processes.stop_at_this_step(done, stop.requested)
         return checkpoint_due(done) or run.previews_due(done)
 
     def save_now() -> str:
