@@ -101,6 +101,7 @@ def initialize(*, preemption: bool = False) -> None:
     _watcher.start()
     atexit.register(_at_exit)  # runs before JAX's exit function, which waits for the other processes
     check_same({"the number of processes": group.count, "tav_jax": __version__, "jax": jax.__version__})
+    jax.devices()  # all processes must start the backend together, not one of them while another waits in `gather`
 
 
 def require_single_process(command: str) -> None:
@@ -298,9 +299,11 @@ def exit_all(message: str, code: int) -> None:
     _ending.set()
     with contextlib.suppress(RuntimeError):
         _client().key_value_set(f"tav/stopped/{_group.index}", f"process {_group.index} stopped: {message}")
-    if is_primary():  # without the coordination service JAX aborts the others, before they print the message
-        time.sleep(2 * GRACE)
-    _end(code)
+    try:
+        if is_primary():  # without the coordination service JAX aborts the others, before they print the message
+            time.sleep(2 * GRACE)
+    finally:  # also after Ctrl-C
+        _end(code)
 
 
 def _end(code: int, message: str = "") -> NoReturn:
