@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 VARIABLES = ("TAV_COORDINATOR", "TAV_PROCESSES", "TAV_PROCESS")
 WAIT = 300.0  # seconds for all processes to connect; TAV_WAIT overrides it
-HEARTBEAT = 30  # seconds after which JAX takes a silent process for dead, and ends the others
+HEARTBEAT = 30  # seconds without a heartbeat after which JAX ends the other processes
 LONGEST = 3600  # seconds that a process may be behind the others: it may still be compiling
 GRACE = 3.0  # seconds that a process has to end with its own message after another one has failed
 
@@ -59,8 +59,8 @@ def initialize(*, preemption: bool = False) -> None:
         return
     seconds = _wait_seconds()
     group = _from_environment() or _detect(seconds)
-    _initialized = True
     if group is None or group.count == 1:
+        _initialized = True
         return
     import jax
 
@@ -96,7 +96,7 @@ def initialize(*, preemption: bool = False) -> None:
     if not preemption:
         with contextlib.suppress(ValueError):  # outside of the main thread JAX's handler stays
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    _group = group
+    _group, _initialized = group, True
     _watcher = threading.Thread(target=_watch, args=(_client(),), daemon=True)
     _watcher.start()
     atexit.register(_at_exit)  # runs before JAX's exit function, which waits for the other processes
@@ -206,7 +206,8 @@ def gather(what: str, value: Value) -> list[Value]:
         failure = error
     entries = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(key)}
     if failure is not None:
-        late = [index for index in range(_group.count) if index not in entries]
+        if not (late := [index for index in range(_group.count) if index not in entries]):
+            raise failure
         raise ProcessLostError(f"{_names(late)} did not reach “{what}” within {LONGEST} seconds") from failure
     for index, (other, _) in entries.items():
         if other != entries[0][0]:
@@ -272,7 +273,7 @@ def stop_at_this_step(step: int, requested: bool) -> bool:
 
 
 def _watch(client: Any) -> None:
-    """End this process when another one fails, also while this one waits for a device."""
+    """End this process when another one fails, even while the main thread waits for a device."""
     with contextlib.suppress(RuntimeError):  # JAX has disconnected
         while not (messages := client.key_value_dir_get("tav/stopped/")):
             if _finished.wait(0.5):
