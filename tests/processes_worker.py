@@ -20,6 +20,7 @@ from tav_jax import config as configs
 from tav_jax.cli import edit
 from tav_jax.distributed import processes
 from tav_jax.errors import TavError
+from tav_jax.training.loop import train
 from tav_jax.training.run import Run
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -41,19 +42,19 @@ def job(directory: str, clip: str) -> dict:
     alone = not processes.is_multiprocess()
     written = watch_writing(root)
     if alone:
-        Run.start_or_continue(str(root / "one"), settings(clip, 2)).train()
+        train(Run.start_or_continue(str(root / "one"), settings(clip, 2)))
         shutil.copytree(root / "one", root / "continued")
-        Run.start_or_continue(str(root / "one"), settings(clip, 3)).train()
+        train(Run.start_or_continue(str(root / "one"), settings(clip, 3)))
     else:
         try:
             TuneAVideo.from_pretrained(REFERENCE / "sd1/model", mesh=(1, 1))
         except InputError as error:
             refused = str(error)
         for name in ("continued", "two"):  # sharded, so that neither process holds the whole state
-            Run.start_or_continue(str(root / name), settings(clip, 3, **{"mesh.fsdp": True})).train()
+            train(Run.start_or_continue(str(root / name), settings(clip, 3, **{"mesh.fsdp": True})))
     run = Run.open(root / ("one" if alone else "two"))
-    tav = run.restore()
-    noise = tav.invert(load_clip(run.config), steps=2, return_trajectory=True)
+    tav = TuneAVideo.restore(run.directory, run=run)
+    noise = tav.invert(run.load_clip(), steps=2, return_trajectory=True)
     prompts = ("blue", "a green square")
     edits = [tav.sample(text, latents=noise[-1], steps=2, guidance=3.0) for text in prompts]
     numbers = {"noise": noise, "latents": np.concatenate([e.latents for e in edits]), "frames": edits[0].frames}
@@ -62,7 +63,7 @@ def job(directory: str, clip: str) -> dict:
     if alone:
         return {}
     # Progress reports and the available memory may differ between the processes.
-    noise = tav.invert(load_clip(run.config), steps=2, progress=(lambda done: None) if processes.is_primary() else None)
+    noise = tav.invert(run.load_clip(), steps=2, progress=(lambda done: None) if processes.is_primary() else None)
     edit.memory.available = lambda: None if processes.is_primary() else 1
     paths = edit.edit(run, prompts)
     edits[0].save(root / "edit.gif")
