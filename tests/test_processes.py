@@ -143,7 +143,7 @@ def test_only_process_0_writes(job):
 @pytest.mark.slow
 def test_a_mesh_without_devices_of_one_process_is_refused_in_all(job):
     for result in job[1]:
-        assert "has 1 of 2 devices, and process 1 has none of them" in result["refused"]
+        assert "uses 1 of 2 devices, and none of process 1" in result["refused"]
 
 
 @pytest.mark.slow
