@@ -1,4 +1,4 @@
-"""`tav doctor`: what this machine has, what is missing, and the command that mends it."""
+"""`tav doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 import importlib.util
 import os
@@ -12,16 +12,16 @@ from tav_jax.training import environment
 
 
 class Finding(NamedTuple):
-    good: bool
-    what: str
-    mend: str = ""
+    ok: bool
+    text: str
+    fix: str = ""  # a command
 
 
-NEEDED = (
-    *(name for name in environment.PACKAGES if name != "tav_jax"),  # what a run writes down
-    *("safetensors", "imageio", "ml_collections"),
+REQUIRED = (
+    *(name for name in environment.PACKAGES if name != "tav_jax"),
+    *("safetensors", "imageio", "ml_collections", "filelock"),
 )
-# package → what it is for, the extra that brings it
+# package → its use, the extra that installs it
 OPTIONAL = {
     "torch": ("reads .bin weights", "torch"),
     "tensorboardX": ("TensorBoard logs", "tensorboard"),
@@ -34,11 +34,10 @@ def examine() -> Iterator[Finding]:
     yield Finding(True, f"Python {platform.python_version()} on {platform.platform()}")
     if commit := environment.commit():
         yield Finding(True, f"tav_jax from the git commit {commit}")
-    for name in NEEDED:
+    for name in REQUIRED:
         yield _package(name)
     for name, (use, extra) in OPTIONAL.items():
-        there = importlib.util.find_spec(name) is not None
-        if there:
+        if importlib.util.find_spec(name) is not None:
             yield Finding(True, f"{name} {metadata.version(name)} ({use})")
         else:
             yield Finding(True, f"{name} is not installed: optional, {use}", f"pip install 'tav_jax[{extra}]'")
@@ -46,7 +45,7 @@ def examine() -> Iterator[Finding]:
     for name, value in environment.flags().items():
         yield Finding(True, f"{name} is set: {value}")
     yield _encoder()
-    yield from _model()
+    yield from _hub()
 
 
 def _package(name: str) -> Finding:
@@ -61,21 +60,21 @@ def _devices() -> Iterator[Finding]:
         import jax
 
         devices = jax.devices()
-    except Exception as error:  # a backend that fails to start says so in many ways
+    except Exception as error:  # of many types
         yield Finding(False, f"JAX finds no device ({str(error).splitlines()[0]})", "unset JAX_PLATFORMS")
         return
     kinds = {d.device_kind for d in devices}
     stats = devices[0].memory_stats() or {}
     size = f", {stats['bytes_limit'] / 1e9:.0f} GB each" if "bytes_limit" in stats else ""
     yield Finding(True, f"{len(devices)} × {', '.join(sorted(kinds))} ({jax.default_backend()}{size})")
-    from tav_jax import kernels  # needs JAX to be there
+    from tav_jax import kernels  # imports JAX
 
     yield Finding(True, f"spatial attention: the {kernels.choose_kernel('auto', jax.default_backend())} kernel")
     if jax.default_backend() == "cpu":
         if shutil.which("nvidia-smi"):
-            yield Finding(False, "there is an NVIDIA GPU, and JAX does not see it", "pip install 'tav_jax[cuda]'")
+            yield Finding(False, "this machine has an NVIDIA GPU that JAX does not find", "pip install 'tav_jax[cuda]'")
         elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
-            yield Finding(False, "there is a TPU, and JAX does not see it", "pip install 'tav_jax[tpu]'")
+            yield Finding(False, "this machine has a TPU that JAX does not find", "pip install 'tav_jax[tpu]'")
         else:
             yield Finding(True, "no accelerator: small models run well, Stable Diffusion very slowly")
 
@@ -85,24 +84,23 @@ def _encoder() -> Finding:
         import av
     except ImportError as error:
         return Finding(False, f"PyAV does not load ({error})", "pip install --force-reinstall av")
-    if lacking := [codec for codec in ("libx264", "aac") if codec not in av.codecs_available]:
-        return Finding(False, f"PyAV was built without {', '.join(lacking)}", "pip install --force-reinstall av")
+    if missing := [codec for codec in ("libx264", "aac") if codec not in av.codecs_available]:
+        return Finding(False, f"PyAV was built without {', '.join(missing)}", "pip install --force-reinstall av")
     return Finding(True, "video: H.264 and AAC can be written")
 
 
-def _model() -> Iterator[Finding]:
-    hub = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
-    if hub:
-        yield Finding(True, "HF_HUB_OFFLINE is set: hub ids are found only if they were downloaded before")
+def _hub() -> Iterator[Finding]:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES"):
+        yield Finding(True, "HF_HUB_OFFLINE is set: only hub models that are downloaded already can be used")
 
 
 def report() -> int:
-    """Print everything; the exit status is 0 when nothing that is needed is missing."""
-    bad = 0
+    """Print all findings. The exit status is 0 if nothing that is required is missing."""
+    problems = 0
     for finding in examine():
-        print(f"{'ok ' if finding.good else 'BAD'}  {finding.what}")
-        if finding.mend:
-            print(f"       → {finding.mend}")
-        bad += not finding.good
-    print("Everything that is needed is here." if not bad else f"{bad} to mend, see above.")
-    return 1 if bad else 0
+        print(f"{'ok ' if finding.ok else 'BAD'}  {finding.text}")
+        if finding.fix:
+            print(f"       → {finding.fix}")
+        problems += not finding.ok
+    print(f"{problems} to fix, see above." if problems else "Everything that is required is installed.")
+    return 1 if problems else 0

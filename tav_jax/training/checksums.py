@@ -1,7 +1,7 @@
-"""A checkpoint's seal: a list of its files with a hash of each, written just before it gets its final name.
+"""Checksums of a checkpoint's files, written just before Orbax gives the checkpoint its final name.
 
-Orbax names a checkpoint only when it is complete, but neither it nor the formats below it notice every flipped bit, and
-a machine that loses power may keep a name and lose what it stands for. Checked before Orbax opens anything.
+Orbax names a checkpoint only when it is complete, but neither Orbax nor the formats below it notice every flipped bit,
+and after a power failure a directory can exist without its contents. Checkpoints are verified before Orbax opens them.
 """
 
 import hashlib
@@ -12,81 +12,82 @@ from typing import Any, NamedTuple
 
 from tav_jax.errors import WeightsError
 
-NAME = "seal.json"
-ABOUT = "_CHECKPOINT_METADATA"  # Orbax's; the time of the commit comes into it last
-LATER = (NAME, f".{NAME}", "commit_success.txt")  # written after the hashes were taken
-AT_ONCE = 1 << 22  # bytes
+FILE = "checksums.json"
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the time of the commit is added last
+EXCLUDED = (FILE, f".{FILE}", "commit_success.txt")  # written after the checksums
+BLOCK = 1 << 22  # bytes
 
 
 class Damage(NamedTuple):
     step: int
-    why: str
+    reason: str
 
 
 class Found(NamedTuple):
-    """What lies in a folder of checkpoints."""
+    """The checkpoints in a directory."""
 
-    newest: int | None  # that can be gone on from
-    damaged: list[Damage]  # the ones after it
+    newest: int | None  # the newest that is intact
+    damaged: list[Damage]  # those after it
 
 
-def put(checkpoint: Any) -> None:
-    """Seal a finished checkpoint."""
+def write(checkpoint: Any) -> None:
+    """Write the checksums of a finished checkpoint."""
     text = json.dumps({name: _hash(file) for name, file in _files(checkpoint)}, indent=1) + "\n"
-    scratch = checkpoint / f".{NAME}"
-    if "://" in str(checkpoint):  # a bucket's files are whole or not there
-        (checkpoint / NAME).write_text(text)
+    if "://" in str(checkpoint):  # an upload to a bucket is atomic
+        (checkpoint / FILE).write_text(text)
         return
+    scratch = checkpoint / f".{FILE}"
     with open(scratch, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, checkpoint / NAME)
+    os.replace(scratch, checkpoint / FILE)
 
 
-def flaw(checkpoint: Any) -> str | None:
-    """What is wrong with it, in a few words."""
+def damage(checkpoint: Any) -> str | None:
+    """What is damaged in a checkpoint, in a few words; None if it is intact."""
     try:
-        sealed = json.loads((checkpoint / NAME).read_text())
-        wanted = {str(name): str(value) for name, value in sealed.items()}
+        table = json.loads((checkpoint / FILE).read_text())
+        expected = {str(name): str(value) for name, value in table.items()}
     except FileNotFoundError:
-        return f"{NAME} is missing"
+        return f"{FILE} is missing"
     except (OSError, ValueError, AttributeError):
-        return f"{NAME} cannot be read"
-    there = dict(_files(checkpoint))
-    for name, value in wanted.items():
-        if name not in there:
+        return f"{FILE} cannot be read"
+    files = dict(_files(checkpoint))
+    for name, value in expected.items():
+        if name not in files:
             return f"{name} is missing"
         try:
-            if _hash(there[name]) != value:
-                return f"{name} is not what was written"
+            if _hash(files[name]) != value:
+                return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror or error})"
     return None
 
 
 def examine(directory: Any) -> Found:
-    """The newest checkpoint that is whole. Where no seal holds, the newest that never had one: reading it will tell."""
+    """Find the newest intact checkpoint. If there is none, the newest without checksums is taken, as an early version
+    wrote it; damage to that is found when Orbax reads it."""
     damaged: list[Damage] = []
     steps = _steps(directory)
     for step in steps:
-        if (why := flaw(directory / str(step))) is None:
+        if (reason := damage(directory / str(step))) is None:
             return Found(step, damaged)
-        damaged.append(Damage(step, why))
+        damaged.append(Damage(step, reason))
     for i, step in enumerate(steps):
-        if not (directory / str(step) / NAME).exists():
+        if not (directory / str(step) / FILE).exists():
             return Found(step, damaged[:i])
     if damaged:
         raise WeightsError(
             f"every checkpoint in {directory} is damaged: "
-            + "; ".join(f"step {step}, {why}" for step, why in damaged)
-            + ". Nothing was changed. Bring one back from a copy, or start again in another --workdir."
+            + "; ".join(f"step {step}, {reason}" for step, reason in damaged)
+            + ". Nothing was changed. Restore one from a copy, or start again in another --workdir."
         )
     return Found(None, [])
 
 
 def set_aside(directory: Any, step: int) -> str:
-    """Out of the way, under another name, so that this step can be written again."""
+    """Rename a damaged checkpoint, so that its step can be saved again. Returns the new name."""
     names = (f"{step}.damaged{'' if n == 1 else f'-{n}'}" for n in range(1, 10_000))
     name = next(name for name in names if not (directory / name).exists())
     (directory / str(step)).rename(directory / name)
@@ -94,30 +95,30 @@ def set_aside(directory: Any, step: int) -> str:
 
 
 def _steps(directory: Any) -> list[int]:
-    """Newest first; those still being written have longer names."""
+    """Newest first, without unfinished ones, which have longer names."""
     if not directory.exists():
         return []
     return sorted((int(x.name) for x in directory.iterdir() if x.name.isdecimal() and x.is_dir()), reverse=True)
 
 
-def _files(folder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for item in sorted(folder.iterdir(), key=lambda x: x.name):
+def _files(directory: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in sorted(directory.iterdir(), key=lambda x: x.name):
         if item.is_dir():
             yield from _files(item, f"{prefix}{item.name}/")
-        elif item.name not in LATER:
+        elif item.name not in EXCLUDED:
             yield prefix + item.name, item
 
 
 def _hash(file: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    if file.name == ABOUT:
+    if file.name == METADATA:
         try:
-            told = json.loads(file.read_text())
-            digest.update(json.dumps({**told, "commit_timestamp_nsecs": None}, sort_keys=True).encode())
+            metadata = json.loads(file.read_text())
+            digest.update(json.dumps({**metadata, "commit_timestamp_nsecs": None}, sort_keys=True).encode())
         except (ValueError, TypeError):
             digest.update(b"damaged")
         return digest.hexdigest()
     with file.open("rb") as stream:
-        while block := stream.read(AT_ONCE):
+        while block := stream.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()

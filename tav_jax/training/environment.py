@@ -1,4 +1,4 @@
-"""What a result depends on besides its config: versions, devices, flags, the commit."""
+"""What a result depends on besides its config: versions, devices, flags, and the git commit."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NVIDIA_TF32_OVERRIDE", "CUDA_
 
 
 def describe() -> dict[str, Any]:
-    """All of it, as `environment.json` keeps it."""
+    """The contents of a run's `environment.json`."""
     import jax
 
     return {
@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
         "processes": processes.process_count(),
         "flags": flags(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "folder": os.getcwd(),
+        "directory": os.getcwd(),
         "command": sys.argv,
     }
 
@@ -41,28 +41,28 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        except metadata.PackageNotFoundError:  # tav_jax in a checkout that is not installed
             found[name] = "not installed"
     return found
 
 
 def flags() -> dict[str, str]:
-    """The environment's settings that change what a program computes, or where."""
+    """Environment variables that change what a program computes, or on which devices."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(FLAGS)}
 
 
-def commit(checkout: Path = Path(__file__).parent.parent) -> str | None:
-    """The git commit of the checkout that this runs from, with "+ changes" where files differ from it; None where it
-    does not run from one."""
+def commit(checkout: Path = Path(__file__).parents[2]) -> str | None:
+    """The git commit of the checkout that contains this package, with "+ changes" if files differ from it. None if the
+    package is not in a checkout."""
     if not (checkout / ".git").exists():
         return None
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(checkout), *words]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + (" + changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):  # no git, or a folder that is somebody else's
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or refuses another user's checkout
         return None

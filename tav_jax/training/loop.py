@@ -14,7 +14,7 @@ from tav_jax.pipeline import TuneAVideo
 from tav_jax.training import nonfinite
 from tav_jax.training.metrics import Metrics, check_installed
 from tav_jax.training.preemption import Stop, stop_message
-from tav_jax.training.run import Run, is_due, log, parameter_count, sampling_options
+from tav_jax.training.run import Run, is_due, log, parameter_count, publish_video, sampling_options
 from tav_jax.training.run_directory import RunDirectory
 from tav_jax.training.train_step import Hyperparameters, run_steps
 from tav_jax.training.trainer import Trainer
@@ -144,7 +144,7 @@ def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, met
         noise = tav.invert(latents, steps=e.inversion_steps)
         for prompt, file in zip(e.prompts, run.preview_files(step), strict=True):
             edit = tav.sample(prompt, latents=noise, **sampling_options(e))
-            run.publish_video(edit, file)
+            publish_video(run.directory, edit, file)
             metrics.preview(step, Path(file).stem, edit.frames)
     except NotFiniteError as error:  # the training itself is sound
         log(f"No preview at step {step}: {error}")

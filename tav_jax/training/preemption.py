@@ -1,9 +1,9 @@
-"""A polite end: after SIGTERM or Ctrl-C the step under way is finished and kept, and the same command continues.
+"""Stopping after SIGTERM or Ctrl-C: the current step is finished and saved, and the same command continues.
 
-Python runs a signal's handler between two of its own instructions, and a compilation is one instruction that can take
-minutes. So a thread reads the signals from a pipe as they arrive. What it may do by itself depends on what is going on:
-before the first step it ends the process; between steps it leaves the end to the loop; during a preview it keeps what
-has been learned, and then ends the process.
+Python runs signal handlers only between its own instructions, and a compilation is one instruction that can take
+minutes. A thread therefore reads the signals from a pipe as they arrive. What it does depends on what is running:
+before the first step it exits; during steps it leaves that to the training loop; during a preview it saves the state
+and exits.
 """
 
 import contextlib
@@ -14,92 +14,95 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-CONTINUE = 75  # sysexits' EX_TEMPFAIL: not finished, run the same command again
-AT_ONCE = 130  # as a shell says of a process that Ctrl-C ended
+from tav_jax.errors import StoppedError
+
+STOPPED_AT_ONCE = 130  # the exit status that shells report for Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Whether somebody has asked for the end. Listens inside `with`, in the main thread; elsewhere nobody ever asks."""
+    """A request to stop. As a context manager it listens for signals. That takes the main thread; in another one
+    `requested` stays False."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._turn = threading.Lock()  # held by whoever decides what comes next: the loop or the end
-        self._instead: Callable[[], str] | None = lambda: "before the first step"
-        self._before: list[Any] = []
+        self._deciding = threading.Lock()  # held while the next action is chosen: the training loop's or the exit
+        # Called to save, before the process exits; returns where it stopped. None: the training loop handles the stop.
+        self._save: Callable[[], str] | None = lambda: "before the first step"
+        self._old_handlers: list[Any] = []
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is not threading.main_thread():
             return self
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = [signal.signal(number, lambda *_: None) for number in SIGNALS]
-        threading.Thread(target=self._listen, args=(self._read,), daemon=True, name="stopping").start()
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._old_handlers = [signal.signal(number, lambda *_: None) for number in SIGNALS]
+        threading.Thread(target=self._listen, args=(read_end,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._before:
+        if not self._old_handlers:
             return
-        for number, handler in zip(SIGNALS, self._before, strict=True):
+        for number, handler in zip(SIGNALS, self._old_handlers, strict=True):
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._write)  # ends the thread
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._write_end)  # ends the thread
 
     def steps_begin(self) -> None:
-        """From here on the loop looks at `requested` after each step."""
-        with self._turn:
-            self._instead = None
+        """From now on the training loop checks `requested` after each step."""
+        with self._deciding:
+            self._save = None
 
     @contextlib.contextmanager
-    def during(self, keep: Callable[[], str]) -> Iterator[None]:
-        """Long work between two steps. Asked for now, the end does not wait for it: `keep` keeps what there is, says
-        where it stopped, and the process ends."""
-        with self._turn:
-            before, self._instead = self._instead, keep
+    def during(self, save: Callable[[], str]) -> Iterator[None]:
+        """Long work between two steps, which a stop does not wait for: then `save` saves the state and returns where it
+        stopped, and the process exits."""
+        with self._deciding:
+            before, self._save = self._save, save
         try:
-            if self.requested:  # just before: nobody else will see to it
-                self._end(keep)
+            if self.requested:  # after the last check of the training loop
+                self._exit(save)
             yield
         finally:
-            with self._turn:  # waits for ever where the end has begun
-                self._instead = before
+            with self._deciding:  # blocks if the process is about to exit
+                self._save = before
 
     def _listen(self, pipe: int) -> None:
-        while number := os.read(pipe, 1):
-            if number[0] in SIGNALS:
-                self._hear(signal.Signals(number[0]))
+        while received := os.read(pipe, 1):
+            if received[0] in SIGNALS:
+                self._handle(signal.Signals(received[0]))
         os.close(pipe)
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _handle(self, number: signal.Signals) -> None:
         if self.requested:
-            # Machines that are taken away may say so twice; a person who asks again means it.
+            # A cloud machine may repeat SIGTERM; a second Ctrl-C is meant to stop at once.
             if number == signal.SIGINT:
-                leave(
-                    "stopped at once; what is in finished checkpoints is kept, and the same command continues", AT_ONCE
+                exit_now(
+                    "stopped at once; finished checkpoints are kept, and the same command continues", STOPPED_AT_ONCE
                 )
             return
         self.requested = True
-        # A second Ctrl-C must be heard while `keep` writes.
-        threading.Thread(target=self._end, daemon=True, name="ending").start()
+        # In another thread, because a second Ctrl-C must be received while `save` writes.
+        threading.Thread(target=self._exit, daemon=True, name="stopping").start()
 
-    def _end(self, keep: Callable[[], str] | None = None) -> None:
-        with self._turn:
-            keep = keep or self._instead
-            if keep is None:
+    def _exit(self, save: Callable[[], str] | None = None) -> None:
+        with self._deciding:
+            save = save or self._save
+            if save is None:
                 return
             try:
-                leave(stop_message(keep()), CONTINUE)
+                exit_now(stop_message(save()), StoppedError.exit_code)
             except Exception as error:
-                leave(str(error), getattr(error, "exit_code", 1))
+                exit_now(str(error), getattr(error, "exit_code", 1))
 
 
 def stop_message(where: str) -> str:
-    return f"stopped {where}, as asked; nothing is lost, and the same command continues"
+    return f"stopped {where}, as requested; nothing is lost, and the same command continues"
 
 
-def leave(sentence: str, status: int) -> None:
-    """Now, whatever other threads and libraries are doing."""
+def exit_now(message: str, status: int) -> None:
+    """End the process at once, whatever its other threads are doing."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"\ntav: {sentence}" if sys.stderr.isatty() else f"tav: {sentence}", file=sys.stderr, flush=True)
+        print(f"\ntav: {message}" if sys.stderr.isatty() else f"tav: {message}", file=sys.stderr, flush=True)
     os._exit(status)

@@ -46,7 +46,7 @@ class Run:
 
     @classmethod
     def start_or_continue(cls, workdir: str, config: Any) -> "Run":
-        """A run with this config in this directory. A run that exists already may differ in `config.MAY_CHANGE` only."""
+        """A run with this config in this directory. An existing run may differ in `config.MAY_CHANGE` only."""
         config = configs.validate(config)
         if config.edit.prompts and config.train.preview_every:
             configs.check_edit_steps(config.edit)
@@ -80,8 +80,8 @@ class Run:
         if metadata["fingerprint"] != components.fingerprint:
             raise WeightsError(
                 f"the weights of {self.config.model.path} have changed since this run began (fingerprint "
-                f"{components.fingerprint}, then {metadata['fingerprint']}), and {self.directory} holds only what was "
-                "trained on top of them. Restore the old weights, or start again in another --workdir."
+                f"{components.fingerprint}, then {metadata['fingerprint']}), and {self.directory} holds only the "
+                "weights trained on top of them. Restore the old weights, or start again in another --workdir."
             )
 
     def load_clip(self) -> Clip:
@@ -129,12 +129,9 @@ class Run:
         )
         return unchanged and not all((self.directory / file).exists() for file in self.preview_files(step))
 
-    def publish_video(self, video: Clip, name: str) -> None:
-        """Write a video into the run's directory, from the first process."""
-        publish_video(self.directory, video, name)
-
 
 def publish_video(directory: RunDirectory, video: Clip, name: str) -> None:
+    """Write a video into a run's directory, from the first process."""
     if processes.is_primary():
         with directory.writing(name) as scratch:
             video.save(scratch)
