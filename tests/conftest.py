@@ -1,19 +1,24 @@
-"""What all tests share: the reference cases, and how a difference is measured.
+"""What the tests share: the reference cases, the difference of two arrays, and a small training run.
 
 The cases in `tests/reference` are tiny pipelines with numbers computed by the official PyTorch implementation.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test has compiled, the others find, in whatever process: many take the same programs.
+# Programs are compiled once for all tests and processes: many tests use the same ones.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tav_jax-tests-{os.getuid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
@@ -21,16 +26,17 @@ import jax
 import numpy as np
 import pytest
 
-from tav_jax import TuneAVideo
+from tav_jax import Clip, TuneAVideo
+from tav_jax import config as configs
 
 REFERENCE = Path(__file__).parent / "reference"
 
-# Where `install_oracle.py` has put the TPU's compiler; a process that shall find it gets this environment.
+# Where `install_oracle.py` has installed the TPU compiler, and the environment of a process that uses it.
 TPU_COMPILER = Path(sys.prefix) / "tpu-compiler"
 LOOKING_THERE = {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TPU_COMPILER))))}
 with_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu") and not (TPU_COMPILER / "libtpu").is_dir(),
-    reason="the TPU's compiler is not installed: pip install libtpu",
+    reason="the TPU compiler is not installed: pip install libtpu",
 )
 
 CASES = ("sd1", "sd2")
@@ -76,13 +82,13 @@ class Case:
 
     @cached_property
     def tav(self) -> TuneAVideo:
-        """The pretrained pipeline, in float32. Nobody may tune it: it is shared."""
+        """The pretrained pipeline, in float32. It is shared: a test must not tune it."""
         return self.load()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_go_with_their_module():
-    """A worker that keeps what every file has compiled comes to many gigabytes; the disk has most of it anyway."""
+def clear_compiled_programs():
+    """The programs of all modules together would take many gigabytes; most of them are in the persistent cache."""
     yield
     jax.clear_caches()
 
@@ -103,3 +109,96 @@ def sd1() -> Case:
 @pytest.fixture
 def sd2() -> Case:
     return _cases["sd2"]
+
+
+# ------------------------------------------------------------------------------------------------- a small training run
+
+
+@pytest.fixture(scope="session")
+def square_clip(tmp_path_factory) -> Path:
+    """A video of a moving square: 6 frames of 32×40 at 10 frames per second."""
+    frames = np.full((6, 32, 40, 3), 60, np.uint8)
+    for i, frame in enumerate(frames):
+        frame[8:20, 3 + 4 * i : 15 + 4 * i] = (220, 40, 40)
+    return Clip(frames, 10.0).save(tmp_path_factory.mktemp("clip") / "square.mp4")
+
+
+@pytest.fixture(scope="session")
+def settings(square_clip) -> Callable:
+    """Makes the config of a run of six steps, with changes such as `train__steps=3`."""
+
+    def make(**changes):
+        c = configs.get_config()
+        c.model.update(path=str(REFERENCE / "sd1/model"), dtype="float32")
+        c.clip.update(path=str(square_clip), prompt="red square is moving", frames=3, height=32, width=32)
+        c.train.update(steps=6, learning_rate=1e-3, checkpoint_every=2, preview_every=0)
+        c.edit.update(steps=2, inversion_steps=2, guidance=3.0, prompts=("blue square",))
+        c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        return c
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, settings) -> Path:
+    """The directory of an uninterrupted run. Shared: a test that changes it uses `run_copy`."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    output = train(directory, settings())
+    assert "Tuning for 6 steps: 0.03 M of 0.39 M parameters, 3 frames of 32×32, float32" in output
+    assert str(directory) in output
+    return directory
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def train(directory, config, stop=None) -> str:
+    """Start or continue a run. Returns what it prints."""
+    from tav_jax.training import loop
+    from tav_jax.training.run import Run
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        loop.train(Run.start_or_continue(str(directory), config), stop)
+    return output.getvalue()
+
+
+def trained(directory, step: int | None = None) -> dict[str, np.ndarray]:
+    """The UNet's weights of a run's checkpoint, by default the newest."""
+    from tav_jax.io import weights
+
+    return weights.torch_tensors(TuneAVideo.restore(directory, step=step).components.unet, "unet")
+
+
+def logged(directory) -> list[tuple[int, float]]:
+    """(step, loss) of every line in `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def same_run(one, two) -> bool:
+    """Whether two runs have equal losses and bit-equal weights."""
+    a, b = trained(one), trained(two)
+    return logged(one) == logged(two) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(x.relative_to(directory)): x.read_bytes() for x in directory.rglob("*") if x.is_file()}
+
+
+@pytest.fixture
+def start_python() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts Python processes with `-c`, and kills them at the end of the test."""
+    started = []
+
+    def start(code: str, *arguments) -> subprocess.Popen:
+        command = [sys.executable, "-u", "-c", code, *map(str, arguments)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()

@@ -1,141 +1,89 @@
-"""A training run and its folder: it continues bit for bit, refuses what would make it another run, loses nothing."""
+"""Training runs: continuing bit for bit, refusing changed settings, edits and previews, a run in a bucket."""
 
-import contextlib
-import io
 import json
 import shutil
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE
+from conftest import logged, same_run, train, trained
+from flax.nnx import State
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import Clip, TuneAVideo
-from tav_jax import config as configs
 from tav_jax.cli import edit
 from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
-from tav_jax.io import weights
-from tav_jax.training import checkpoint, loop, metrics, run_directory
-from tav_jax.training.run import Run
+from tav_jax.io import video, weights
+from tav_jax.training import checkpoint, metrics, run_directory
+from tav_jax.training import run as run_module
+from tav_jax.training.run import Run, sampling_options
 from tav_jax.training.run_directory import RunDirectory
+from tav_jax.training.train_step import StepMetrics, TrainState, run_steps
 
 
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("clip") / "square.mp4"
-    frames = np.full((6, 32, 40, 3), 60, np.uint8)
-    for i, frame in enumerate(frames):
-        frame[8:20, 3 + 4 * i : 15 + 4 * i] = (220, 40, 40)
-    Clip(frames, 10.0).save(file)
-    return file
+def steps_logged(directory) -> list[int]:
+    return [step for step, _ in logged(directory)]
 
 
-@pytest.fixture(scope="module")
-def settings(clip_file):
-    """A small run of six steps, but for the changes."""
-
-    def make(**changes):
-        c = configs.get_config()
-        c.model.update(path=str(REFERENCE / "sd1/model"), dtype="float32")
-        c.clip.update(path=str(clip_file), prompt="red square is moving", frames=3, height=32, width=32)
-        c.train.update(steps=6, learning_rate=1e-3, checkpoint_every=2, preview_every=0)
-        c.edit.update(steps=2, inversion_steps=2, guidance=3.0, prompts=("blue square",))
-        c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-        return c
-
-    return make
+# ------------------------------------------------------------------------------------------------- training
 
 
-def trained(folder) -> dict[str, np.ndarray]:
-    return weights.torch_tensors(TuneAVideo.restore(folder).components.unet, "unet")
-
-
-def steps_logged(folder) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def train(folder, config) -> str:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        Run.start_or_continue(str(folder), config).train()
-    return said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, settings):
-    """The folder of an uninterrupted run. Tests that change it make a copy."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    said = train(folder, settings())
-    assert "Tuning for 6 steps: 0.03 M of 0.39 M parameters, 3 frames of 32×32, float32" in said
-    assert str(folder) in said
-    return folder
-
-
-def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path):
+def test_continued_run_equals_uninterrupted_run_bit_for_bit(finished_run, settings, tmp_path):
     train(tmp_path / "run", settings(train__steps=3))
-    (tmp_path / "run/metrics.jsonl").open("a").write('{"step": 4, "loss": 9}\n{"step": 5, "lo')  # left by a kill
-    said = train(tmp_path / "run", settings())
-    assert "Continuing at step 3 of 6" in said
-    one, two = trained(whole), trained(tmp_path / "run")
-    assert all(np.array_equal(one[name], two[name]) for name in one)
-    assert steps_logged(whole) == steps_logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-    losses = [[json.loads(x)["loss"] for x in (w / "metrics.jsonl").open()] for w in (whole, tmp_path / "run")]
-    assert losses[0] == losses[1]
-    assert np.isfinite(losses).all()
+    (tmp_path / "run/metrics.jsonl").open("a").write('{"step": 4, "loss": 9}\n{"step": 5, "lo')  # as left by a kill
+    assert "Continuing at step 3 of 6" in train(tmp_path / "run", settings())
+    assert same_run(finished_run, tmp_path / "run")
+    assert steps_logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert np.isfinite([loss for _, loss in logged(finished_run)]).all()
 
 
-def test_a_run_learns_and_keeps_only_what_it_learned(whole, sd1):
+def test_only_trainable_weights_change_and_only_the_newest_checkpoints_stay(finished_run, sd1):
     before = load_file(sd1.model / "unet/diffusion_pytorch_model.safetensors")
-    after = trained(whole)
-    moved = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert moved == set(load_file(sd1.root / "trained_params.safetensors"))
-    kept = sorted(int(folder.name) for folder in (whole / "checkpoints").iterdir())
-    assert kept == [4, 6]  # the newest two
-    assert not (whole / "checkpoints/2").exists()
+    after = trained(finished_run)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == set(load_file(sd1.root / "trained_params.safetensors"))
+    assert sorted(int(x.name) for x in (finished_run / "checkpoints").iterdir()) == [4, 6]  # the newest two
 
 
-def test_the_notebooks_tune_is_the_same_run(whole, settings):
+def test_tune_in_python_equals_the_run(finished_run, settings):
     c = settings()
+    run = Run.open(finished_run)
     tav = TuneAVideo.from_pretrained(c.model.path, dtype="float32", seed=c.seed)
-    result = tav.tune(loop.load_clip(c), c.clip.prompt, steps=6, learning_rate=1e-3, seed=c.seed)
+    result = tav.tune(run.load_clip(), c.clip.prompt, steps=6, learning_rate=1e-3, seed=c.seed)
     assert result.losses.shape == result.grad_norms.shape == (6,)
-    logged = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").open()]
-    np.testing.assert_allclose(result.losses, logged, rtol=1e-6)
-    ours, theirs = weights.torch_tensors(tav.components.unet, "unet"), trained(whole)
+    np.testing.assert_allclose(result.losses, [loss for _, loss in logged(finished_run)], rtol=1e-6)
+    ours, theirs = weights.torch_tensors(tav.components.unet, "unet"), trained(finished_run)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_finished_run_says_so_and_more_steps_go_on(whole, settings, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    assert "is finished: 6 steps of 6" in train(tmp_path / "run", settings())
-    assert "Continuing at step 6 of 7" in train(tmp_path / "run", settings(train__steps=7))
-    assert steps_logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7]
+def test_finished_run_is_reported_and_more_steps_continue_it(run_copy, settings):
+    assert "is finished: 6 steps of 6" in train(run_copy, settings())
+    assert "Continuing at step 6 of 7" in train(run_copy, settings(train__steps=7))
+    assert steps_logged(run_copy) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_another_config_is_refused_with_the_difference(whole, settings):
+def test_changed_settings_are_refused(finished_run, settings):
     with pytest.raises(InputError, match=r"train\.learning_rate was 0\.001 and is 0\.002"):
-        Run.start_or_continue(str(whole), settings(train__learning_rate=2e-3))
+        Run.start_or_continue(str(finished_run), settings(train__learning_rate=2e-3))
 
 
-def test_changed_base_weights_are_refused(whole, settings, sd1, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def test_changed_base_weights_are_refused(run_copy, settings, sd1, tmp_path):
     shutil.copytree(sd1.model, tmp_path / "model")
-    for file in (tmp_path / "run/config.json",):
-        file.write_text(file.read_text().replace(str(sd1.model), str(tmp_path / "model")))
-    TuneAVideo.restore(tmp_path / "run")
+    config = run_copy / "config.json"
+    config.write_text(config.read_text().replace(str(sd1.model), str(tmp_path / "model")))
+    TuneAVideo.restore(run_copy)
     file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["conv_in.bias"][0] += 1e-3
     save_file(tensors, file)
     with pytest.raises(WeightsError, match="have changed since this run began"):
-        TuneAVideo.restore(tmp_path / "run")
+        TuneAVideo.restore(run_copy)
     with pytest.raises(WeightsError, match="have changed since this run began"):
-        train(tmp_path / "run", settings(model__path=str(tmp_path / "model"), train__steps=7))
+        train(run_copy, settings(model__path=str(tmp_path / "model"), train__steps=7))
 
 
-def test_nothing_is_written_where_a_run_cannot_begin(settings, tmp_path):
+def test_refused_run_writes_nothing(settings, tmp_path):
     with pytest.raises(InputError, match=r"clip\.path is empty"):
         train(tmp_path / "run", settings(clip__path=""))
     with pytest.raises(MissingError, match=r"github\.com/showlab/Tune-A-Video"):
@@ -143,138 +91,190 @@ def test_nothing_is_written_where_a_run_cannot_begin(settings, tmp_path):
     with pytest.raises(InputError, match="has 6 frames"):
         train(tmp_path / "run", settings(clip__frames=60))
     with pytest.raises(MissingError, match=r"pip install 'tav_jax\[wandb\]'"):
-        train(tmp_path / "run", settings(log__wandb="mine"))
+        train(tmp_path / "run", settings(log__wandb="project"))
+    with pytest.raises(InputError, match=r"edit\.steps is 3 and edit\.inversion_steps is 2; sample with at most 2"):
+        train(tmp_path / "run", settings(edit__steps=3, train__preview_every=2))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file is a file; give a folder"):
+    with pytest.raises(InputError, match="file is a file; give a directory"):
         train(tmp_path / "file", settings())
     with pytest.raises(MissingError, match="holds no run"):
         Run.open(tmp_path / "run")
 
 
-def test_previews_are_files_and_pictures_in_the_log(settings, tmp_path):
+@pytest.mark.slow
+def test_previews_are_written_and_logged_and_do_not_change_the_run(settings, tmp_path):
     prompts = ("blue square", "a / b 🎿")
-    config = settings(train__steps=2, train__preview_every=2, edit__prompts=prompts, log__tensorboard=True)
-    train(tmp_path / "run", config)
-    found = sorted(str(file.relative_to(tmp_path / "run")) for file in (tmp_path / "run/previews").rglob("*.*"))
-    assert found == ["previews/step_000002/a-b.mp4", "previews/step_000002/blue-square.mp4"]
+    changes = {"edit__steps": 1, "edit__prompts": prompts, "log__tensorboard": True}  # fewer steps than the inversion
+    train(tmp_path / "run", settings(train__steps=2, train__preview_every=2, **changes))
+    files = sorted(str(file.relative_to(tmp_path / "run")) for file in (tmp_path / "run/previews").rglob("*.*"))
+    assert files == ["previews/step_000002/a-b.mp4", "previews/step_000002/blue-square.mp4"]
     events = b"".join(file.read_bytes() for file in (tmp_path / "run/tensorboard").iterdir())
     for tag in (b"preview/blue-square", b"preview/a-b", b"train/loss"):
         assert tag in events
-    # A preview changes nothing of the run.
-    train(tmp_path / "quiet", settings(train__steps=2))
-    one, two = trained(tmp_path / "run"), trained(tmp_path / "quiet")
-    assert all(np.array_equal(one[name], two[name]) for name in one)
+    train(tmp_path / "no-previews", settings(train__steps=2))
+    assert same_run(tmp_path / "run", tmp_path / "no-previews")
 
 
-def test_a_profile_can_be_asked_for(settings, tmp_path):
+def test_profile_is_written(settings, tmp_path):
     train(tmp_path / "run", settings(train__steps=3, log__profile_step=1, log__profile_steps=1))
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(whole, settings, tmp_path, monkeypatch):
-    shutil.copytree(whole, tmp_path / "run")
-
+def test_failed_checkpoint_leaves_the_previous_one(finished_run, run_copy, settings, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
-    with pytest.raises(InputError, match=r"step 8 could not be written .*no space left.*earlier ones are whole"):
-        train(tmp_path / "run", settings(train__steps=9))
+    with pytest.raises(InputError, match=r"step 8 could not be written .*no space left.*earlier ones are intact"):
+        train(run_copy, settings(train__steps=9))
     monkeypatch.undo()
-    assert Run.open(tmp_path / "run").checkpoints.newest == 6
-    one, two = trained(whole), trained(tmp_path / "run")
+    assert Run.open(run_copy).checkpoints.newest == 6
+    one, two = trained(finished_run), trained(run_copy)
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
-# --------------------------------------------------------------------------------------------------------- editing
+def test_run_steps_fetches_metrics_late_but_before_a_save():
+    """`lag` steps late, and all of them at the last step and where `complete` is true."""
+    progress_of = {}
+
+    def step_fn(state, step):
+        return state, StepMetrics(jnp.float32(step), jnp.float32(0))
+
+    fetched = []
+    for progress in run_steps(step_fn, TrainState(State({}), ()), 2, 9, lag=3, complete=lambda done: done == 7):
+        fetched += [(number, float(values.loss)) for number, values in progress.metrics]
+        progress_of[progress.done] = progress
+        assert progress.complete == (progress.done in (7, 9))
+        late = 0 if progress.complete else min(3, progress.done - 2) if progress.done < 7 else progress.done - 7
+        assert len(fetched) == progress.done - 2 - late
+    assert sorted(progress_of) == list(range(3, 10))
+    assert fetched == [(step + 1, float(step)) for step in range(2, 9)]
 
 
-def test_edits_share_one_inversion_and_one_program(whole, settings, tmp_path, capsys, monkeypatch):
-    shutil.copytree(whole, tmp_path / "run")
-    job = Run.open(tmp_path / "run")
-    monkeypatch.setattr(edit.memory, "available", lambda: 1)  # no room for more than one prompt at a time
+# ------------------------------------------------------------------------------------------------- editing
+
+
+@pytest.mark.slow
+def test_edits_share_one_inversion_and_one_program(run_copy, capsys, monkeypatch):
+    run = Run.open(run_copy)
+    monkeypatch.setattr(edit.memory, "available", lambda: 1)  # memory for one prompt at a time
     programs.denoise_loop.clear_cache()
-    paths = edit.edit(job, ["blue square", "red circle", "blue square"])
-    assert programs.denoise_loop._cache_size() == 2  # the inversion and the sampler
+    paths = edit.edit(run, ["blue square", "red circle", "blue square"])
+    assert programs.denoise_loop._cache_size() == 2  # inversion and sampling
     assert [path.rsplit("/", 1)[1] for path in paths] == [
         "blue-square.mp4",
         "red-circle.mp4",
         "side-by-side-blue-square-red-circle-blue-square.mp4",
     ]
     assert "Inverted the clip in 2 steps" in capsys.readouterr().out
-    edit.edit(job, ["green"])
+    edit.edit(run, ["green"])
     assert "Reusing the inversion" in capsys.readouterr().out
     assert programs.denoise_loop._cache_size() == 2
     with pytest.raises(InputError, match=r"blue-square\.mp4 exists already; add --force"):
-        edit.edit(job, ["blue square"])
-    edit.edit(job, ["blue square"], force=True)
+        edit.edit(run, ["blue square"])
+    edit.edit(run, ["blue square"], force=True)
 
-    job.config.edit.inversion_steps = 3
-    edit.edit(job, ["other"])
+    run.config.edit.inversion_steps = 3
+    edit.edit(run, ["other"])
     assert "Inverted the clip in 3 steps" in capsys.readouterr().out
 
 
-def test_batches_give_what_single_prompts_give(whole, monkeypatch):
-    job = Run.open(whole)
-    tav, e = job.restore(), job.config.edit
-    start, texts = tav.noise(0, 3, (32, 32)), ["red", "blue", "red square"]
+def frames_of(run, prompt, step=None) -> np.ndarray:
+    return video.load_video(edit.edit(run, [prompt], step=step)[0]).frames
+
+
+@pytest.mark.slow
+def test_edit_of_an_earlier_checkpoint_equals_the_edit_of_a_run_stopped_there(run_copy, settings, tmp_path, capsys):
+    train(tmp_path / "stopped", settings(train__steps=4))
+    expected, run = frames_of(Run.open(tmp_path / "stopped"), "blue square"), Run.open(run_copy)
+    newest = frames_of(run, "blue square")
+    shutil.rmtree(run_copy / "edits")
+    capsys.readouterr()
+    earlier = frames_of(run, "blue square", step=4)
+    assert "Inverted the clip" in capsys.readouterr().out  # the inversion of another checkpoint is another one
+    assert np.array_equal(earlier, expected)
+    assert not np.array_equal(earlier, newest)
+    with pytest.raises(MissingError, match=r"^\S+/checkpoints has no checkpoint of step 5; it has 4, 6$"):
+        edit.edit(run, ["red"], step=5)
+
+
+@pytest.mark.slow
+def test_sampling_with_fewer_steps_than_the_inversion_uses_a_subset_of_its_timesteps(run_copy, monkeypatch):
+    run, inverted = Run.open(run_copy), []
+    real = edit.inverted
+    monkeypatch.setattr(edit, "inverted", lambda *args: inverted.append(real(*args)) or inverted[-1])
+    run.config.edit.update(inversion_steps=4, steps=3)
+    frames = frames_of(run, "blue square")
+    tav = TuneAVideo.restore(run_copy)
+    expected = tav.sample("blue square", latents=inverted[0], steps=3, inversion_steps=4, guidance=3.0, fps=10.0)
+    expected.save(run_copy / "expected.mp4")
+    assert np.array_equal(frames, video.load_video(run_copy / "expected.mp4").frames)
+    other = tav.sample("blue square", latents=inverted[0], steps=3, guidance=3.0)
+    assert not np.array_equal(expected.frames, other.frames)
+    run.config.edit.steps = 5
+    with pytest.raises(InputError, match=r"edit\.steps is 5 and edit\.inversion_steps is 4; sample with at most 4"):
+        edit.edit(run, ["red"])
+    edit.edit(run, ["red"], inversion=False)  # there is no inversion to be compatible with
+
+
+@pytest.mark.slow
+def test_batches_equal_single_prompts(finished_run, monkeypatch):
+    run = Run.open(finished_run)
+    tav, options = TuneAVideo.restore(finished_run), sampling_options(run.config.edit)
+    start, prompts = tav.noise(0, 3, (32, 32)), ["red", "blue", "red square"]
     monkeypatch.setattr(edit.memory, "available", lambda: None)
-    together = edit.sample_in_batches(tav, texts, start, e)
-    monkeypatch.setattr(edit.memory, "prompt_batch_size", lambda wanted, each: 2)  # the second batch is filled up
-    in_twos = edit.sample_in_batches(tav, texts, start, e)
-    assert [x.prompt for x in together] == [x.prompt for x in in_twos] == texts
-    for a, b in zip(together, in_twos, strict=True):
+    one_batch = edit.sample_in_batches(tav, prompts, start, options)
+    monkeypatch.setattr(edit.memory, "prompt_batch_size", lambda wanted, each: 2)  # the second batch is padded
+    two_batches = edit.sample_in_batches(tav, prompts, start, options)
+    assert [x.prompt for x in one_batch] == [x.prompt for x in two_batches] == prompts
+    for a, b in zip(one_batch, two_batches, strict=True):
         assert np.abs(a.frames.astype(int) - b.frames.astype(int)).max() <= 1
 
 
-def test_the_configs_strength_is_the_edits(whole):
-    job = Run.open(whole)
-    tav, e = job.restore(), job.config.edit
+@pytest.mark.slow
+def test_strength_of_the_config_is_used(finished_run):
+    run = Run.open(finished_run)
+    tav, e = TuneAVideo.restore(finished_run), run.config.edit
     noise = tav.noise(0, 3, (32, 32))
     e.strength = 0.5
-    [made] = edit.sample_in_batches(tav, ["red"], noise, e)
-    wanted = tav.sample("red", latents=noise, steps=e.steps, guidance=e.guidance, strength=0.5)
-    assert np.array_equal(made.frames, wanted.frames)
-    assert not np.array_equal(
-        made.latents, tav.sample("red", latents=noise, steps=e.steps, guidance=e.guidance).latents
-    )
+    [ours] = edit.sample_in_batches(tav, ["red"], noise, sampling_options(e))
+    options = {"latents": noise, "steps": e.steps, "guidance": e.guidance}
+    assert np.array_equal(ours.frames, tav.sample("red", strength=0.5, **options).frames)
+    assert not np.array_equal(ours.latents, tav.sample("red", **options).latents)
     with pytest.raises(InputError, match="--no-inversion leaves no clip to keep; add --strength=1"):
-        edit.edit(job, ["red"], inversion=False)
+        edit.edit(run, ["red"], inversion=False)
 
 
-def test_noise_starts_and_other_folders(whole, tmp_path):
-    paths = edit.edit(Run.open(whole), ["red"], out=str(tmp_path / "out"), inversion=False, seeds=(1, 2), suffix=".gif")
-    assert sorted(path.rsplit("/", 1)[1] for path in paths) == [
-        "red-seed1.gif",
-        "red-seed2.gif",
-        "side-by-side-red.gif",
-    ]
+def test_edits_from_noise_and_in_another_directory(finished_run, tmp_path):
+    run = Run.open(finished_run)
+    paths = edit.edit(run, ["red"], out=str(tmp_path / "out"), inversion=False, seeds=(1, 2), suffix=".gif")
+    names = sorted(path.rsplit("/", 1)[1] for path in paths)
+    assert names == ["red-seed1.gif", "red-seed2.gif", "side-by-side-red.gif"]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file is a file; give a folder"):
-        edit.edit(Run.open(whole), ["red"], out=str(tmp_path / "file"))
+    with pytest.raises(InputError, match="file is a file; give a directory"):
+        edit.edit(run, ["red"], out=str(tmp_path / "file"))
     with pytest.raises(InputError, match="there is no prompt"):
-        edit.edit(Run.open(whole), [])
+        edit.edit(run, [])
 
 
-def test_side_by_side_shows_the_source_and_every_edit_in_step():
+def test_side_by_side_shows_source_and_edits():
     frames = np.arange(3 * 16 * 24 * 3, dtype=np.uint8).reshape(3, 16, 24, 3)
-    source = Clip(frames, 5.0)
-    edits = [edit.Edit(frames=255 - frames, fps=5.0, prompt="word " * 500, latents=jax.numpy.zeros((1, 3, 2, 2, 4)))]
-    both = edit.side_by_side(source, edits, "")
-    assert both.frames.shape[0] == 3
-    assert both.frames.shape[2] == 2 * 24 + edit.GAP
-    assert both.frames.shape[1] < 16 + 100  # a long prompt is cut after a few lines
-    np.testing.assert_array_equal(both.frames[:, -16:, :24], frames)
-    np.testing.assert_array_equal(both.frames[:, -16:, -24:], 255 - frames)
-    assert (both.frames[0, :-16] < 128).any()  # there are words
+    edits = [video.Edit(frames=255 - frames, fps=5.0, prompt="word " * 500, latents=jnp.zeros((1, 3, 2, 2, 4)))]
+    combined = video.side_by_side(Clip(frames, 5.0), edits, "")
+    assert combined.frames.shape[0] == 3
+    assert combined.frames.shape[2] == 2 * 24 + video.GAP
+    assert combined.frames.shape[1] < 16 + 100  # a long prompt is cut after a few lines
+    np.testing.assert_array_equal(combined.frames[:, -16:, :24], frames)
+    np.testing.assert_array_equal(combined.frames[:, -16:, -24:], 255 - frames)
+    assert (combined.frames[0, :-16] < 128).any()  # the prompt is drawn
 
 
-# ------------------------------------------------------------------------------------------------- a bucket's rules
+# ------------------------------------------------------------------------------------------------- storage
 
 
 class Bucket:
-    """A store with a bucket's rules: whole objects only, no append, no rename, no folders of their own."""
+    """A store with the rules of a bucket: whole objects only, no append, no rename, no directories."""
 
     objects: dict[str, bytes]
 
@@ -307,57 +307,36 @@ class Bucket:
         self.objects[self.name] = bytes(data)
 
 
-def test_a_run_in_a_bucket(settings, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_run_in_a_bucket(settings, tmp_path, monkeypatch, capsys):
     from etils import epath
 
     Bucket.objects = {}
-    # Orbax has buckets of its own; here it gets a folder, with the path class that it imported.
-    folder = epath.Path(tmp_path / "checkpoints")
-    monkeypatch.setattr(loop, "Checkpoints", lambda _, **options: checkpoint.Checkpoints(folder, **options))
+    # Orbax accesses buckets by itself; here it writes to a local directory, through the path class that it uses.
+    checkpoints = epath.Path(tmp_path / "checkpoints")
+    monkeypatch.setattr(run_module, "Checkpoints", lambda _, **options: checkpoint.Checkpoints(checkpoints, **options))
     monkeypatch.setattr(run_directory, "bucket", Bucket)
-    place = "gs://bucket/run"
-    config = settings(train__steps=4, train__preview_every=4, log__tensorboard=True)
-    Run.start_or_continue(place, settings(train__steps=2)).train()
-    Run.start_or_continue(place, config).train()
-    lines = Bucket(f"{place}/metrics.jsonl").read_text().splitlines()
+    workdir = "gs://bucket/run"
+    train(workdir, settings(train__steps=2))
+    train(workdir, settings(train__steps=4, train__preview_every=4, log__tensorboard=True))
+    lines = Bucket(f"{workdir}/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-    names = {name.removeprefix(place + "/") for name in Bucket.objects}
+    names = {name.removeprefix(workdir + "/") for name in Bucket.objects}
     assert {"config.json", "environment.json", "metrics.jsonl", "previews/step_000004/blue-square.mp4"} <= names
     assert any(name.startswith("tensorboard/") for name in names)
-    job = Run.open(place)
-    edit.edit(job, ["red"])
-    edit.edit(job, ["blue"])
+    run = Run.open(workdir)
+    edit.edit(run, ["red"])
+    edit.edit(run, ["blue"])
     assert "Reusing the inversion in gs://bucket/run/inversions/" in capsys.readouterr().out
-    assert Bucket(f"{place}/edits/red.mp4").read_bytes()[4:8] == b"ftyp"
-    assert not any("/." in name for name in Bucket.objects)  # no scratch file was ever put there
+    assert Bucket(f"{workdir}/edits/red.mp4").read_bytes()[4:8] == b"ftyp"
+    assert not any("/." in name for name in Bucket.objects)  # no scratch file was uploaded
 
 
-def test_the_loop_reads_reports_late_and_loses_none():
-    from flax.nnx import State
-
-    from tav_jax.training.train_step import Report, TrainState, loop
-
-    order = []
-
-    def advance(learner, step):
-        order.append(f"start {step}")
-        return learner, Report(jax.numpy.float32(step), jax.numpy.float32(0))
-
-    learner = TrainState(State({}), ())
-
-    seen = []
-    for progress in loop(advance, learner, 2, 9, lag=3):
-        seen += [(number, float(report.loss)) for number, report in progress.reports]
-        if progress.done < 9:
-            assert len(seen) == max(0, progress.done - 2 - 3)
-    assert seen == [(step + 1, float(step)) for step in range(2, 9)]
-
-
-def test_files_are_whole_or_not_there(tmp_path):
-    folder = RunDirectory(tmp_path)
-    folder.write("a/b.json", "one")
+def test_files_are_written_atomically(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write("a/b.json", "one")
     with pytest.raises(UnicodeEncodeError):
-        folder.write("a/b.json", "\ud800")
+        directory.write("a/b.json", "\ud800")
     assert (tmp_path / "a/b.json").read_text() == "one"
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.json"]
-    assert metrics._step('{"step": 3') == float("inf")
+    assert metrics._step_of_line('{"step": 3') == float("inf")

@@ -145,7 +145,7 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
     if processes.is_primary():
         with run.directory.writing(name) as scratch:
             np.savez(scratch, noise=np.asarray(noise))
-    log(f"Inverted the clip in {steps} steps; kept in {run.directory / name}.")
+    log(f"Inverted the clip in {steps} steps; saved in {run.directory / name}.")
     return noise
 
 
