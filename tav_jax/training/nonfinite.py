@@ -14,6 +14,10 @@ from jaxtyping import UInt8
 from tav_jax.errors import NotFiniteError
 
 MAX_CLIPPED = 0.98  # of the pixel values; more is hardly an image
+ADVICE = (
+    "no checkpoint contains it. Use a lower train.learning_rate or model.dtype=float32 in another --workdir; "
+    "`tav train --debug-nans` finds the operation."
+)
 
 
 class ClippedVideoWarning(UserWarning):
@@ -47,21 +51,13 @@ def check_metrics(step: int, values: Mapping[str, float]) -> None:
     """The loss and gradient norm of a step."""
     for name, value in values.items():
         if not np.isfinite(value):
-            raise NotFiniteError(f"{name} is {value} at step {step}; {_advice(step)}")
+            raise NotFiniteError(f"{name} is {value} at step {step}; {ADVICE}")
 
 
 def check_state(step: int, state: Any) -> None:
     """Everything that a checkpoint stores."""
     if not all_finite(state):
-        raise NotFiniteError(f"the weights or the optimizer state are not finite after step {step}; {_advice(step)}")
-
-
-def _advice(step: int) -> str:
-    saved = "no checkpoint contains it. " if step > 1 else ""
-    return (
-        f"{saved}Use a lower train.learning_rate or model.dtype=float32 in another --workdir; "
-        "`tav train --debug-nans` finds the operation."
-    )
+        raise NotFiniteError(f"the weights or the optimizer state are not finite after step {step}; {ADVICE}")
 
 
 def check_latents(source: str, latents: Any, dtype: str) -> None:
