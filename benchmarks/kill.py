@@ -1,18 +1,18 @@
-"""Kill `tav train` again and again, at any moment, and look whether anything was lost.
+"""Kill `tav train` again and again, at random moments, and check that nothing is lost.
 
 python benchmarks/kill.py --kills=30 --seed=0
 
-The run is a short one on the embedded model, with a checkpoint every second step and previews every third. It is
-killed (SIGKILL, which no process can see coming) at a random instant, or just after something that is dangerous to
-interrupt has begun: a checkpoint's unfinished folder, its seal, an old one's removal, a scratch file, a video that is
-being encoded, a line of metrics. Then the same command runs again. A run that reached its end is examined, and the next
-begins in a new folder, until there were enough kills. Examined is, against a run that was left alone:
+The run is a short one on the embedded model, with a checkpoint every second step and previews every third. It is killed
+with SIGKILL at a random time, or just after something has started that must not be left half done: an unfinished
+checkpoint, its checksums, the removal of an old checkpoint, a scratch file, a video being encoded, a line of metrics.
+Then the same command runs again. A run that has finished is compared with a run that was not interrupted, and the next
+one starts in a new directory, until there were enough kills. Compared are:
 
-  the trained weights and Adam's moments, bit for bit; the loss of every step, each step once
-  every preview, its pixels equal; every JSON file parses; every checkpoint's seal holds
-  no scratch file, no unfinished checkpoint, no lock is left
+  the trained weights and Adam's state, bit for bit; the loss of every step, one line for each step
+  the pixels of every preview; every JSON file can be parsed; the checksums of every checkpoint match
+  no scratch file, no unfinished checkpoint and no lock is left
 
-The last line is a summary in JSON; the exit status is 0 when nothing was lost.
+The last line is a summary in JSON; the exit status is 0 if nothing was lost.
 """
 
 import argparse
@@ -30,10 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-STEPS, EVERY, PREVIEWS = 12, 2, 3
+STEPS, CHECKPOINT_EVERY, PREVIEW_EVERY = 12, 2, 3
 PROMPTS = ("a blue circle on grass", "a red circle on grass, at night")
-COMMAND = (sys.executable, "-m", "tav_jax")
-PATIENCE = 600  # seconds for one process
+TIMEOUT = 600  # seconds for one process
 
 
 def write_clip(file: Path) -> Path:
@@ -44,7 +43,7 @@ def write_clip(file: Path) -> Path:
     return Clip(source_clip(None, 4).frames, FPS).save(file)
 
 
-def command(clip: Path, workdir: Path, *, steps: int = STEPS) -> list[str]:
+def train_command(clip: Path, workdir: Path) -> list[str]:
     from tav_jax.demo.edits import MODEL
 
     settings = {
@@ -55,25 +54,24 @@ def command(clip: Path, workdir: Path, *, steps: int = STEPS) -> list[str]:
         "clip.frames": 4,
         "clip.height": 64,
         "clip.width": 64,
-        "train.steps": steps,
+        "train.steps": STEPS,
         "train.learning_rate": 3e-4,
-        "train.checkpoint_every": EVERY,
-        "train.preview_every": PREVIEWS,
+        "train.checkpoint_every": CHECKPOINT_EVERY,
+        "train.preview_every": PREVIEW_EVERY,
         "edit.prompts": PROMPTS,
         "edit.steps": 2,
         "edit.inversion_steps": 2,
     }
-    return [
-        *COMMAND,
-        "train",
-        f"--workdir={workdir}",
-        *(f"--config.{name}={value}" for name, value in settings.items()),
-    ]
+    options = [f"--config.{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-m", "tav_jax", "train", f"--workdir={workdir}", *options]
 
 
-def names(folder: Path) -> set[str]:
-    """Every file and folder below, and how long the metrics are; what vanishes while looking is not there."""
-    found, waiting = set(), [str(folder)]
+# ------------------------------------------------------------------------------------------------- killing
+
+
+def paths(directory: Path) -> set[str]:
+    """All files and directories below a directory, and the size of the metrics. Files may vanish during the listing."""
+    found, waiting = set(), [str(directory)]
     while waiting:
         try:
             with os.scandir(waiting.pop()) as entries:
@@ -88,119 +86,119 @@ def names(folder: Path) -> set[str]:
     return found
 
 
-def _hidden(path: str) -> bool:
+def is_hidden(path: str) -> bool:
     return Path(path).name.startswith(".")
 
 
-# What to wait for: a path that appears, or with a minus sign one that goes.
-AIMS: dict[str, Callable[[str], bool]] = {
+# The moment of a kill: when such a path appears or, after a minus sign, disappears.
+EVENTS: dict[str, Callable[[str], bool]] = {
     "checkpoint": lambda path: path.endswith(".orbax-checkpoint-tmp"),
     "inside a checkpoint": lambda path: ".orbax-checkpoint-tmp/" in path,
-    "seal": lambda path: path.endswith("seal.json"),
+    "checksums": lambda path: path.endswith("checksums.json"),
     "-old checkpoint": lambda path: "/checkpoints/" in path and "orbax-checkpoint-tmp" not in path,
-    "scratch file": lambda path: _hidden(path) and path.endswith(".json"),
-    "video": lambda path: _hidden(path) and path.endswith(".mp4"),
+    "scratch file": lambda path: is_hidden(path) and path.endswith(".json"),
+    "video": lambda path: is_hidden(path) and path.endswith(".mp4"),
     "metrics": lambda path: "metrics.jsonl " in path,
 }
 
 
-def aimed(process: subprocess.Popen, workdir: Path, aim: str, after: float) -> bool:
-    """Wait for what is aimed at, and a little more; whether it came before the process ended."""
-    before, wanted = names(workdir), AIMS[aim]
+def wait_for_event(process: subprocess.Popen, workdir: Path, event: str, delay: float) -> bool:
+    """Wait for an event and the delay. Returns whether the process is still running then."""
+    before, matches = paths(workdir), EVENTS[event]
     while process.poll() is None:
-        now = names(workdir)
-        changed = before - now if aim.startswith("-") else now - before
-        if any(map(wanted, changed)):
-            time.sleep(after)
+        now = paths(workdir)
+        changed = before - now if event.startswith("-") else now - before
+        if any(map(matches, changed)):
+            time.sleep(delay)
             return process.poll() is None
         before = now
         time.sleep(0.001)
     return False
 
 
-def run_and_kill(line: list[str], workdir: Path, rng: random.Random, environment: dict[str, str]) -> str | None:
-    """One process; what it was killed at, or None where it came to its end first."""
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def run_and_kill(command: list[str], workdir: Path, rng: random.Random, environment: dict[str, str]) -> str | None:
+    """Run one process. Returns the event after which it was killed, or None if it finished first."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
-        aim = rng.choice(["any time", *AIMS])
-        if aim == "any time":
+        event = rng.choice(["any time", *EVENTS])
+        if event == "any time":
             try:
                 process.wait(rng.uniform(0.0, 25.0))
-                alive = False
+                running = False
             except subprocess.TimeoutExpired:
-                alive = True
+                running = True
         else:
-            alive = aimed(process, workdir, aim, rng.choice((0.0, rng.uniform(0.0, 0.03))))
-        if alive:
+            running = wait_for_event(process, workdir, event, rng.choice((0.0, rng.uniform(0.0, 0.03))))
+        if running:
             process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     if process.returncode == -signal.SIGKILL:
-        return aim
+        return event
     if process.returncode:
-        raise AssertionError(f"the command that continues failed with status {process.returncode}: {said}")
+        raise AssertionError(f"the command that continues failed with status {process.returncode}: {output}")
     return None
 
 
-# -------------------------------------------------------------------------------------------------------- examining
+# ------------------------------------------------------------------------------------------------- checking
 
 
-def learned(workdir: Path) -> dict[str, np.ndarray]:
-    """What the newest checkpoint keeps, moments included, by Orbax alone."""
+def train_state(workdir: Path) -> dict[str, np.ndarray]:
+    """All arrays of the newest checkpoint, read with Orbax alone."""
     import jax
     import orbax.checkpoint as ocp
 
     newest = max(int(x.name) for x in (workdir / "checkpoints").iterdir() if x.name.isdecimal())
-    tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(newest) / "learner")
+    tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(newest) / "train_state")
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def lines(workdir: Path) -> list[tuple[int, float, float]]:
-    read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in read]
+def metrics(workdir: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def losses_of(whole: Path, killed: Path) -> list[str]:
-    """What was lost or spoiled in `killed`, in words; nothing is the hope."""
+def differences(expected: Path, killed: Path) -> list[str]:
+    """What was lost or damaged in a finished run, compared with an uninterrupted one."""
     from tav_jax import load_video
     from tav_jax.training import checksums
 
     lost = []
-    one, two = learned(whole), learned(killed)
+    one, two = train_state(expected), train_state(killed)
     if one.keys() != two.keys():
-        lost.append("other tensors were learned")
+        lost.append("the checkpoints hold different arrays")
     lost += [f"{name} differs" for name in one if name in two and not np.array_equal(one[name], two[name])]
-    if lines(whole) != lines(killed):
-        lost.append(f"metrics.jsonl differs: {lines(killed)}")
-    previews = {str(x.relative_to(whole)) for x in (whole / "previews").rglob("*.mp4")}
+    if metrics(expected) != metrics(killed):
+        lost.append(f"metrics.jsonl differs: {metrics(killed)}")
+    previews = {str(x.relative_to(expected)) for x in (expected / "previews").rglob("*.mp4")}
     found = {str(x.relative_to(killed)) for x in killed.rglob("*.mp4")}
     if previews != found:
-        lost.append(f"videos: {sorted(previews ^ found)} are not in both")
+        lost.append(f"videos that are not in both: {sorted(previews ^ found)}")
     for name in previews & found:
-        if not np.array_equal(load_video(whole / name).frames, load_video(killed / name).frames):
-            lost.append(f"{name} shows something else")
+        if not np.array_equal(load_video(expected / name).frames, load_video(killed / name).frames):
+            lost.append(f"{name} has other pixels")
     for file in killed.rglob("*.json"):
         try:
             json.loads(file.read_text())
         except ValueError as error:
-            lost.append(f"{file} does not parse: {error}")
+            lost.append(f"{file} cannot be parsed: {error}")
     steps = {x.name for x in (killed / "checkpoints").iterdir() if x.name.isdecimal()}
-    lost += [f"checkpoint {s}: {why}" for s in steps if (why := checksums.flaw(killed / "checkpoints" / s))]
+    lost += [f"checkpoint {s}: {damage}" for s in steps if (damage := checksums.damage(killed / "checkpoints" / s))]
     lost += [
-        f"{x} was left behind" for x in killed.rglob("*") if _hidden(str(x)) or "tmp" in x.name or "damaged" in x.name
+        f"{x} was left over" for x in killed.rglob("*") if is_hidden(str(x)) or "tmp" in x.name or "damaged" in x.name
     ]
     return lost
 
 
-def half_written(workdir: Path) -> list[str]:
-    """What stands under a final name and is not whole, at the moment of a kill."""
+def incomplete_files(workdir: Path) -> list[str]:
+    """Files under a final name that a kill has left incomplete."""
     from tav_jax import TavError, load_video
     from tav_jax.training import checksums
 
-    bad = []
+    incomplete = []
     for file in workdir.rglob("*"):
-        # Unfinished checkpoints bear another name, and the lock is rewritten by whoever takes it.
+        # Unfinished checkpoints have another name, and the next process rewrites the lock.
         if any(part.startswith(".") or "orbax-checkpoint-tmp" in part for part in file.relative_to(workdir).parts):
             continue
         try:
@@ -209,54 +207,57 @@ def half_written(workdir: Path) -> list[str]:
             elif file.suffix == ".mp4":
                 load_video(file)
         except (ValueError, TavError) as error:
-            bad.append(f"{file}: {error}")
+            incomplete.append(f"{file}: {error}")
     found = checksums.examine(workdir / "checkpoints")
-    bad += [f"checkpoint {step} is damaged: {why}" for step, why in found.damaged]
-    return bad
+    return incomplete + [f"checkpoint {step} is damaged: {reason}" for step, reason in found.damaged]
 
 
-def harness(kills: int, seed: int, place: Path, environment: dict[str, str], say: Callable[[str], None]) -> list[str]:
-    """Kill so many times; everything that was lost."""
+def run_benchmark(
+    kills: int, seed: int, directory: Path, environment: dict[str, str], log: Callable[[str], None]
+) -> list[str]:
+    """Kill that many times. Returns everything that was lost."""
     rng, done = random.Random(seed), Counter()
-    clip = write_clip(place / "clip.mp4")
-    whole = place / "whole"
-    subprocess.run(
-        command(clip, whole), check=True, env=environment, timeout=PATIENCE, stdout=subprocess.DEVNULL
-    )  # and its programs are compiled now
-    say(f"left alone: {len(lines(whole))} steps")
+    clip, expected = write_clip(directory / "clip.mp4"), directory / "uninterrupted"
+
+    def run_to_end(workdir: Path) -> None:
+        command = train_command(clip, workdir)
+        subprocess.run(command, check=True, env=environment, timeout=TIMEOUT, stdout=subprocess.DEVNULL)
+
+    run_to_end(expected)  # also fills the compilation cache
+    log(f"uninterrupted: {len(metrics(expected))} steps")
     lost, runs = [], 0
     while done.total() < kills:
         runs += 1
-        workdir = place / f"run{runs}"
-        while True:
-            if done.total() < kills:
-                aim = run_and_kill(command(clip, workdir), workdir, rng, environment)
-            else:
-                subprocess.run(command(clip, workdir), check=True, env=environment, stdout=subprocess.DEVNULL)
-                aim = None
-            if aim is None:
+        workdir = directory / f"run{runs}"
+        while done.total() < kills:
+            event = run_and_kill(train_command(clip, workdir), workdir, rng, environment)
+            if event is None:
                 break
-            done[aim] += 1
-            kept = sorted(x.name for x in (workdir / "checkpoints").glob("*"))
-            say(f"kill {done.total()}, run {runs}, aimed at {aim}: {kept}")
-            lost += half_written(workdir)
-        lost += losses_of(whole, workdir)
-        say(f"run {runs} came to its end: {lost or 'nothing lost'}")
-    say(json.dumps({"kills": done.total(), "runs": runs, "aims": dict(done), "lost": lost}))
+            done[event] += 1
+            checkpoints = sorted(x.name for x in (workdir / "checkpoints").glob("*"))
+            log(f"kill {done.total()} of run {runs}, {event}: {checkpoints}")
+            lost += incomplete_files(workdir)
+        else:
+            run_to_end(workdir)
+        lost += differences(expected, workdir)
+        log(f"run {runs} has finished: {lost or 'nothing lost'}")
+    log(json.dumps({"kills": done.total(), "runs": runs, "events": dict(done), "lost": lost}))
     return lost
 
 
 def main() -> int:
-    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    read.add_argument("--kills", type=int, default=30)
-    read.add_argument("--seed", type=int, default=0)
-    read.add_argument("--out", type=Path, help="a folder to keep the runs in (default: a temporary one)")
-    given = read.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="directory in which the runs are kept (default: a temporary one)")
+    arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with tempfile.TemporaryDirectory() as scratch:
-        place = (given.out or Path(scratch)).absolute()
-        place.mkdir(parents=True, exist_ok=True)
-        lost = harness(given.kills, given.seed, place, dict(os.environ), lambda text: print(text, flush=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = (arguments.out or Path(temporary)).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        lost = run_benchmark(
+            arguments.kills, arguments.seed, directory, dict(os.environ), lambda text: print(text, flush=True)
+        )
     return 1 if lost else 0
 
 
