@@ -3,9 +3,9 @@
 python benchmarks/long_run.py --steps=5000 --out=benchmarks/long_run.svg
 
 The tests' tiny pipeline is tuned with a checkpoint every 250 steps and previews every 500. Once a second resident
-memory, open files, finished steps and compiled programs are recorded. The summary compares the second quarter of the run
-with the last one, and the plot shows the whole run. The exit status is 1 if something grew: memory by more than 2 % and
-10 MiB, open files, programs after the first previews, or the time of a step by more than half.
+memory, open files, finished steps and compiled programs are recorded. The summary compares the second quarter of the
+run with the last one, and the plot shows the whole run. The exit status is 1 if something grew: memory by more than 2 %
+and 10 MiB, open files, programs after the first previews, or the time of a step by more than half.
 """
 
 import argparse

@@ -491,7 +491,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd1, small_disk):
 
     said = refusal(InputError, save)
     assert "the checkpoint of step 2 could not be written" in said
-    assert "earlier ones are whole" in said
+    assert "earlier ones are intact" in said
     again = Checkpoints(small_disk / "checkpoints")
     assert again.newest == 1
     found = again.restore(train_step.TrainState.create(trained)).params

@@ -88,8 +88,8 @@ def edit(
         sampling = sampling_options(e) if inversion else sampling_options(e) | {"inversion_steps": None}
         edits += sample_in_batches(tav, [prompt for prompt, at, _ in outputs if at == seed], start, sampling)
 
-    for made, (_, _, name) in zip(edits, outputs, strict=True):
-        publish_video(directory, Clip(made.frames, made.fps, made.audio), prefix + name)
+    for sampled, (_, _, name) in zip(edits, outputs, strict=True):
+        publish_video(directory, Clip(sampled.frames, sampled.fps, sampled.audio), prefix + name)
     publish_video(directory, side_by_side(clip, edits, run.config.clip.prompt), combined)
     return [str(directory / name) for name in names]
 
