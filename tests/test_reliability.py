@@ -384,6 +384,7 @@ def test_file_system_without_locks_does_not_fail_the_run(tmp_path, monkeypatch, 
     else:
         with RunDirectory(tmp_path).lock():
             pass
+        assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- values not finite

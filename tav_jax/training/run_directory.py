@@ -131,12 +131,14 @@ class RunDirectory:
             return
         created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        lock, holder = self._acquire(), self.path / LOCK_HOLDER
+        lock, holder = FileLock(self.path / LOCK), self.path / LOCK_HOLDER
         try:
-            with contextlib.suppress(OSError):
-                holder.unlink(missing_ok=True)  # of a process that was killed
-                with holder.open("x") as file:  # "x" does not follow links
-                    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
+            self._acquire(lock)
+            if lock.is_locked:
+                with contextlib.suppress(OSError):
+                    holder.unlink(missing_ok=True)  # of a process that was killed
+                    with holder.open("x") as file:  # "x" does not follow links
+                        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
             yield
         finally:
             if lock.is_locked:
@@ -148,11 +150,10 @@ class RunDirectory:
                 with contextlib.suppress(OSError):  # not empty: there is a run now
                     path.rmdir()
 
-    def _acquire(self) -> FileLock:
+    def _acquire(self, lock: FileLock) -> None:
         file = self.path / LOCK
         if file.is_symlink():
             raise InputError(f"{file} is a symbolic link; remove it, or give another --workdir")
-        lock = FileLock(file)
         try:
             lock.acquire(timeout=0.1)
         except Timeout:
@@ -165,7 +166,6 @@ class RunDirectory:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise InputError(f"{file} cannot be locked ({_reason(error)}); give another --workdir") from error
-        return lock
 
     # ------------------------------------------------------------------------------------------- files
 
