@@ -127,7 +127,8 @@ def plot(samples: list[Sample], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "long_run"  # the same data gives the same file
+    # Text stays text, and the same data gives the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "long_run"})
     from matplotlib import pyplot as plt
 
     names = {"memory": "memory, MiB", "files": "open files", "steps": "steps done", "programs": "programs compiled"}
