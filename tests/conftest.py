@@ -28,6 +28,7 @@ import pytest
 
 from tav_jax import Clip, TuneAVideo
 from tav_jax import config as configs
+from tav_jax.errors import TavError
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -52,6 +53,16 @@ def difference(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def refusal(kind: type[TavError], call, *args, **options) -> str:
+    """The message of the error that the call raises: printable, on one line, and not too long."""
+    with pytest.raises(kind) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    assert len(message) < 2500
+    return message
 
 
 @dataclass(frozen=True)
@@ -202,3 +213,10 @@ def start_python() -> Iterator[Callable[..., subprocess.Popen]]:
     for child in started:
         child.kill()
         child.communicate()
+
+
+@pytest.fixture
+def model(sd1, tmp_path) -> Path:
+    """A copy of a pipeline directory, to be modified."""
+    shutil.copytree(sd1.model, tmp_path / "model")
+    return tmp_path / "model"

@@ -1,7 +1,7 @@
-"""Diffusers' weights ⇄ our NNX modules, both ways, through one strict table of names each way.
+"""Conversion between Diffusers' weights and the NNX modules, with one table of names for each direction.
 
-Every tensor of a file must have a place, and every place must be filled with a tensor of its shape; what does not fit
-is gathered and reported at once. Tensors are read one at a time, straight into their target type.
+Every tensor of a file must belong to a variable, and every variable must get a tensor of its shape; missing, unexpected
+and misshapen tensors are reported together. Tensors are read one at a time and converted to their target dtype.
 """
 
 import functools
@@ -24,13 +24,13 @@ from flax import nnx
 from tav_jax.distributed import memory
 from tav_jax.errors import InputError, OutOfMemoryError, WeightsError, join_names
 from tav_jax.io.diffusers_layout import CONFIGS, Layout
-from tav_jax.io.tensor_files import FLOATS, tensors_in
+from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
 from tav_jax.models import VAE, ClipText, UNet
 
-# Their name → our path. The first row that matches whole decides; a name that no row matches is an error.
+# Diffusers' name → path in the module, by the first row that matches all of it. A name without a row is an error.
 _CONV = r"conv(?:\d|_in|_out|_shortcut)?"
 _KERNEL, _SCALE, _BIAS = r"\1.kernel", r"\1.scale", r"\1.bias"
-READ: dict[str, list[tuple[str, str]]] = {
+FROM_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
     "unet": [
         (r"(.+\.ff)\.net\.0\.proj\.weight", r"\1.proj_in.kernel"),
         (r"(.+\.ff)\.net\.0\.proj\.bias", r"\1.proj_in.bias"),
@@ -41,7 +41,7 @@ READ: dict[str, list[tuple[str, str]]] = {
         (r"(.+)\.bias", _BIAS),
     ],
     "vae": [
-        # Two generations of names for the attention: query, key, value, proj_attn and to_q, to_k, to_v, to_out.0.
+        # Attention layers have two generations of names: query, key, value, proj_attn and to_q, to_k, to_v, to_out.0.
         *((rf"(.+\.attentions\.0)\.{old}\.weight", rf"\1.{new}.kernel") for old, new in
           (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))),
         *((rf"(.+\.attentions\.0)\.{old}\.bias", rf"\1.{new}.bias") for old, new in
@@ -58,8 +58,8 @@ READ: dict[str, list[tuple[str, str]]] = {
     ],
 }  # fmt: skip
 
-# Our path → their name.
-WRITE: dict[str, list[tuple[str, str]]] = {
+# Path in the module → Diffusers' name.
+TO_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
     "unet": [
         (r"(.+\.ff)\.proj_in\.kernel", r"\1.net.0.proj.weight"),
         (r"(.+\.ff)\.proj_in\.bias", r"\1.net.0.proj.bias"),
@@ -76,13 +76,13 @@ WRITE: dict[str, list[tuple[str, str]]] = {
 }
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
-# Buffers without weights, and heads that Stable Diffusion does not use.
+# A buffer that is not a weight, and a projection that Stable Diffusion does not use.
 IGNORED = {"text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight"}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-# What a 2D UNet cannot have: the inflation adds it.
+# The layers that inflation adds to a 2D UNet.
 TEMPORAL = re.compile(r".+\.(?:attn_temp|norm_temp)\..+")
 
 
@@ -93,21 +93,21 @@ def translate(table: list[tuple[str, str]], name: str) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "dtype"))
-def _place(x: Any, *, kernel: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """A tensor as our modules hold it, and whether all of it is finite there. torch's kernels are (out, in[, height,
-    width]), ours ([height, width,] in, out).
+@functools.partial(jax.jit, static_argnames=("is_kernel", "dtype"))
+def _convert(x: Any, *, is_kernel: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """A tensor in the module's layout and dtype, and whether all of it is finite there. torch's kernels are
+    (out, in[, height, width]), the module's ([height, width,] in, out).
 
-    Done on the device: it is several times faster than in numpy, and half-precision files travel as they are.
+    On the device this is several times faster than in numpy, and half-precision files are transferred as they are.
     """
-    if kernel:
+    if is_kernel:
         x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
     x = x.astype(dtype)
     return x, jnp.isfinite(x).all()
 
 
 def to_torch(x: np.ndarray, path: str) -> np.ndarray:
-    """The way back, as a view."""
+    """The inverse of `_convert` for the axes, as a view."""
     if not path.endswith(".kernel"):
         return x
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
@@ -117,123 +117,125 @@ def _torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
     return to_torch(np.broadcast_to(np.float32(0), shape), path).shape
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------------------------- reading
 
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-class _OneKey:
-    """Stands in for `nnx.Rngs` where no number is ever drawn: its count of draws takes seconds under tracing."""
+class _ConstantRngs:
+    """Replaces `nnx.Rngs` where no random number is used: tracing its counters takes seconds."""
 
     def params(self) -> jax.Array:
         return jax.random.key(0)
 
 
 def abstract(build: Callable[..., Module], config: Any, dtype: Any) -> Module:
-    """The module with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_OneKey()))
+    """The module with shapes and dtypes in place of arrays."""
+    return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_ConstantRngs()))
 
 
 def flat(state: nnx.State) -> dict[str, nnx.Variable]:
+    """The variables by their path, with dots between its parts."""
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 @dataclass
 class Components:
-    """The networks of one pipeline directory, filled."""
+    """The networks of one pipeline directory, with their weights."""
 
     layout: Layout
     unet: UNet
     vae: VAE
     text_encoder: ClipText
-    old_vae_names: bool  # which of the two generations the files used: they are written as they were read
-    fingerprint: str  # of every tensor that was read
+    old_vae_names: bool  # the generation of attention names in the VAE's file, used again when saving
+    fingerprint: str  # of all tensors that were read
 
     @classmethod
     def load(cls, layout: Layout, dtype, *, float32: Callable[..., bool], seed: int = 0) -> "Components":
-        """Read every component in `dtype`; the UNet's weights that the filter `float32` picks stay in float32."""
+        """Load every component in `dtype`, except the UNet's weights that the filter `float32` selects."""
         unet, vae = abstract(UNet, layout.unet, dtype), abstract(VAE, layout.vae, dtype)
         text_encoder = abstract(ClipText, layout.text_encoder, dtype)
         size = sum(x.size for x in jax.tree.leaves((unet, vae, text_encoder))) * jnp.dtype(dtype).itemsize
-        if (room := memory.capacity()) is not None and size > room:
+        if (capacity := memory.capacity()) is not None and size > capacity:
             raise OutOfMemoryError(
                 f"the weights of {layout.root} take {size / 2**30:.1f} GiB in {jnp.dtype(dtype)} and a device has "
-                f"{room / 2**30:.1f}; use a smaller dtype, a smaller model or a machine with more memory"
+                f"{capacity / 2**30:.1f}; use a smaller dtype, a smaller model or a machine with more memory"
             )
-        digests = fill(
-            unet, layout.root, "unet", lambda path: jnp.float32 if float32(path.split("."), None) else dtype, seed
-        )
-        of_vae = fill(vae, layout.root, "vae", lambda path: dtype)
-        digests |= of_vae | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
-        old_names = any(name.endswith(".proj_attn.weight") for name in of_vae)
-        whole = hashlib.blake2b(
-            "".join(f"{name} {digests[name]} " for name in sorted(digests)).encode(), digest_size=16
-        )
-        return cls(layout, unet, vae, text_encoder, old_names, whole.hexdigest())
+
+        def unet_dtype(path: str) -> Any:
+            return jnp.float32 if float32(path.split("."), None) else dtype
+
+        digests = fill(unet, layout.root, "unet", unet_dtype, seed)
+        vae_digests = fill(vae, layout.root, "vae", lambda path: dtype)
+        digests |= vae_digests | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
+        old_vae_names = any(name.endswith(".proj_attn.weight") for name in vae_digests)
+        lines = "".join(f"{name} {digests[name]} " for name in sorted(digests))
+        fingerprint = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+        return cls(layout, unet, vae, text_encoder, old_vae_names, fingerprint)
 
 
 def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> dict[str, str]:
-    """Put the tensors of `root/part` into an abstract module; a 2D UNet gets temporal layers. Gives their digests."""
+    """Load the tensors of `root/part` into an abstract module, and initialise the temporal layers of a 2D UNet.
+
+    Returns the digest of each tensor by its name in the file.
+    """
     state = nnx.state(module)
-    places = flat(state)
-    unexpected, misshapen, unfit, found = [], [], [], {}
-    for tensor in tensors_in(root / part):
+    variables = flat(state)
+    unexpected, misshapen, mistyped, found = [], [], [], {}
+    for tensor in iter_tensors(root / part):
         if part in IGNORED and re.fullmatch(IGNORED[part], tensor.name):
             continue
-        path = translate(READ[part], tensor.name)
-        if path not in places or path in found:
+        path = translate(FROM_DIFFUSERS[part], tensor.name)
+        if path not in variables or path in found:
             unexpected.append(tensor.name)
-        elif tensor.shape != (expected := _torch_shape(places[path].shape, path)):
+            continue
+        found[path] = tensor
+        if tensor.shape != (expected := _torch_shape(variables[path].shape, path)):
             misshapen.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
-            found[path] = tensor
-        elif tensor.kind not in FLOATS:
-            unfit.append(f"{tensor.name} is {tensor.kind}, expected {' or '.join(FLOATS)}")
-            found[path] = tensor
-        else:
-            found[path] = tensor
-    missing = [path for path in places if path not in found]
-    inflate = part == "unet" and not any(TEMPORAL.fullmatch(path) for path in found)
-    if inflate:
+        elif tensor.dtype not in FLOAT_DTYPES:
+            mistyped.append(f"{tensor.name} is {tensor.dtype}, expected {' or '.join(FLOAT_DTYPES)}")
+    missing = [path for path in variables if path not in found]
+    if part == "unet" and not any(TEMPORAL.fullmatch(path) for path in found):  # a 2D UNet
         missing = [path for path in missing if not TEMPORAL.fullmatch(path)]
-    _report(root / part, [translate(WRITE[part], path) for path in missing], unexpected, misshapen, unfit)
+    problems = {
+        "missing": [translate(TO_DIFFUSERS[part], path) or path for path in missing],
+        "unexpected": unexpected,
+        "of a wrong shape": misshapen,
+        "of a wrong type": mistyped,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in problems.items() if names)
+        raise WeightsError(
+            f"{root / part}: the tensors do not match config.json: {listed}. Weights and config must be from the same "
+            "model: download the component again."
+        )
 
     digests = {}
-    for path, place in places.items():
+    for path, variable in variables.items():
         dtype = dtype_of(path)
-        if path in found:
-            raw = np.ascontiguousarray(found[path].read())
-            digests[found[path].name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
-            # One at a time, or the raw ones would pile up.
-            with np.errstate(over="ignore"):  # told below
-                array, finite = jax.block_until_ready(_place(raw, kernel=path.endswith(".kernel"), dtype=dtype))
-            if not finite:
-                raise WeightsError(
-                    f"{root / part}: {found[path].name} holds values that are no numbers, or too large for "
-                    f"{jnp.dtype(dtype)}; download the component again, or use dtype float32."
-                )
-            place.set_value(array)
-        else:
-            place.set_value(fresh_temporal(path, place.shape, seed).astype(dtype))
+        if path not in found:
+            variable.set_value(init_temporal(path, variable.shape, seed).astype(dtype))
+            continue
+        name, raw = found[path].name, np.ascontiguousarray(found[path].read())
+        digests[name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
+        # Waiting for each tensor bounds memory: dispatch is asynchronous, and the raw arrays would accumulate.
+        with np.errstate(over="ignore"):  # an overflow is reported below
+            array, is_finite = jax.block_until_ready(_convert(raw, is_kernel=path.endswith(".kernel"), dtype=dtype))
+        if not is_finite:
+            raise WeightsError(
+                f"{root / part}: {name} has values that are NaN, infinite or too large for {jnp.dtype(dtype)}; "
+                "download the component again, or use dtype float32."
+            )
+        variable.set_value(array)
     nnx.update(module, state)
     return digests
 
 
-def _report(folder: Path, *lists: list[Any]) -> None:
-    """One error that names everything that does not fit."""
-    kinds = ("missing", "unexpected", "of a wrong shape", "of a wrong type")
-    problems = [f"{len(names)} {kind}: {join_names(names)}" for kind, names in zip(kinds, lists, strict=True) if names]
-    if problems:
-        raise WeightsError(
-            f"{folder}: the tensors do not fit its config.json: {'; '.join(problems)}. Weights and config must be of "
-            "the same model: download the component again."
-        )
+def init_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
+    """A new temporal layer's variable: queries, keys and values uniform within ±1/√fan_in, the output zero.
 
-
-def fresh_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
-    """A new temporal layer: queries, keys and values as torch draws them, the output zero, so that nothing changes.
-
-    The official code leaves the output's bias at random, so that its first step is not the 2D network; ours is zero.
+    The inflated UNet is then the 2D UNet on each frame. The official code initialises the output's bias at random.
     """
     if path.endswith("norm_temp.scale"):
         return jnp.ones(shape)
@@ -244,42 +246,43 @@ def fresh_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------------------------- writing
 
 
 def torch_tensors(module: nnx.Module, part: str, *, old_vae_names: bool = False) -> dict[str, np.ndarray]:
-    """All weights of a module under Diffusers' names, in torch's order of axes."""
+    """All weights of a module under Diffusers' names, with torch's order of axes."""
+
+    def old_name(match: re.Match[str]) -> str:
+        return f".attentions.0.{OLD_VAE_NAMES[match[1]]}."
+
     tensors = {}
     for path, leaf in flat(nnx.state(module)).items():
-        name = translate(WRITE[part], path)
-        if name is None:
-            raise AssertionError(f"no row of the table writes {part} {path}")
+        name = translate(TO_DIFFUSERS[part], path)
+        assert name is not None, f"TO_DIFFUSERS has no row for {part} {path}"
         if part == "vae" and old_vae_names:
-            name = re.sub(
-                r"\.attentions\.0\.(to_[qkv]|to_out\.0)\.", lambda m: f".attentions.0.{OLD_VAE_NAMES[m[1]]}.", name
-            )
+            name = re.sub(r"\.attentions\.0\.(to_[qkv]|to_out\.0)\.", old_name, name)
         tensors[name] = np.ascontiguousarray(to_torch(np.asarray(leaf.get_value()), path))
     return tensors
 
 
 def inflated_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A UNet's config as the official code writes it."""
-    three = {name: json.loads(json.dumps(config[name]).replace("2D", "3D")) for name in config if "block_type" in name}
-    return {**config, **three, "_class_name": "UNet3DConditionModel"}
+    blocks = {name: json.loads(json.dumps(config[name]).replace("2D", "3D")) for name in config if "block_type" in name}
+    return {**config, **blocks, "_class_name": "UNet3DConditionModel"}
 
 
 def check_target(directory: str | Path) -> Path:
-    """Nothing is overwritten: the folder must be empty or new."""
+    """The directory's path. It must not exist or be empty: nothing is overwritten."""
     target = Path(directory).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already and is not an empty folder; give another name or remove it first.")
+        raise InputError(f"{target} exists and is not an empty directory; give another name or remove it first.")
     return target
 
 
 def save(pipeline: Components, directory: str | Path) -> None:
-    """Write a pipeline directory that this code, the official code and (its 2D part) Diffusers read.
+    """Write a pipeline directory that tav_jax, the official code and (without the temporal layers) Diffusers load.
 
-    It is written beside its final place and renamed, so that no half of it is ever found there.
+    It is written to a temporary directory beside the target and then renamed, so that the target is never incomplete.
     """
     from safetensors.numpy import save_file
 
@@ -290,7 +293,7 @@ def save(pipeline: Components, directory: str | Path) -> None:
     try:
         for part in CONFIGS:
             (scratch / part).mkdir()
-        # By name: what else a downloaded folder holds, or links to, is nobody's to pass on.
+        # Only known names: a downloaded directory may contain other files, or links to any file of this machine.
         for file in (layout.root / "tokenizer" / name for name in TOKENIZER_FILES):
             if file.is_file():
                 shutil.copyfile(file, scratch / "tokenizer" / file.name)
@@ -311,16 +314,16 @@ def save(pipeline: Components, directory: str | Path) -> None:
             file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
             tensors = torch_tensors(module, part, old_vae_names=pipeline.old_vae_names)
             save_file(tensors, scratch / part / file, metadata={"format": "pt"})
-        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        scratch.chmod(0o755)  # mkdtemp creates directories that only their owner can read
         if target.exists():
             target.rmdir()
         scratch.rename(target)
     except OSError as error:
         raise InputError(
-            f"{target} could not be written ({error.strerror or error}); make room or give another"
+            f"{target} could not be written ({error.strerror or error}); free some space or give another directory"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(scratch, ignore_errors=True)  # does not exist after a success
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
