@@ -182,16 +182,16 @@ def read_weights(directory: Path) -> None:
     from tav_jax import TuneAVideo
     from tav_jax.diffusion.schedule import NoiseSchedule
     from tav_jax.io.diffusers_layout import Layout
-    from tav_jax.io.tensor_files import FLOATS, tensors_in
+    from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
 
     layout = Layout.open(directory)
     NoiseSchedule.from_config(layout.configs["scheduler"])
     parts = ("unet", "vae", "text_encoder")
-    found = [(part, tensor) for part in parts for tensor in tensors_in(directory / part)]
+    found = [(part, tensor) for part in parts for tensor in iter_tensors(directory / part)]
     if sum(math.prod(tensor.shape) for _, tensor in found) % 8 == 0:
         TuneAVideo.from_pretrained(directory, dtype="float32").tokenize(["red square"])
     for _, tensor in found:
-        if tensor.kind in FLOATS and math.prod(tensor.shape) < 10**8:
+        if tensor.dtype in FLOAT_DTYPES and math.prod(tensor.shape) < 10**8:
             assert tensor.read().shape == tensor.shape
 
 

@@ -1,4 +1,4 @@
-"""The real shapes of Stable Diffusion 1.4 and 2.1, with random weights, against Diffusers and transformers."""
+"""Stable Diffusion 1.4 and 2.1 at full size with random weights, compared with Diffusers and transformers."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ import pytest
 from conftest import REFERENCE, difference
 
 from tav_jax.io import diffusers_layout, weights
-from tav_jax.models import VAE, ClipText, UNet
+from tav_jax.models import VAE, ClipText, Conditioning, UNet
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def normal(*shape, seed=0) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, tmp_path_factory):
-    """A pipeline directory of full size in half precision, and the torch modules that it came from."""
+    """A pipeline directory in half precision, and the torch modules that it was saved from."""
     settings = FAMILIES[request.param]
     root = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
@@ -72,27 +72,29 @@ def family(request, tmp_path_factory):
     gc.collect()
 
 
-def ours(root, part, build, read_config):
+def load(root, part, build, read_config):
+    """A component in float32."""
     path = root / part / "config.json"
     module = weights.abstract(build, read_config(json.loads(path.read_text()), path), jnp.float32)
     weights.fill(module, root, part, lambda path: jnp.float32)
     return module
 
 
-def test_one_frame_through_the_inflated_unet_is_the_2d_unet(family):
+def test_the_inflated_unet_on_one_frame_is_the_2d_unet(family):
     root, theirs, settings = family
-    unet = ours(root, "unet", UNet, diffusers_layout.unet_config)
+    unet = load(root, "unet", UNet, diffusers_layout.unet_config)
     assert sum(leaf.size for leaf in jax.tree.leaves(unet)) == settings["parameters"]
     x, text = normal(1, 16, 24, 4), normal(1, 77, unet.config.cross_attention_dim, seed=1)
     with torch.no_grad():
         expected = theirs["unet"](torch.tensor(x).permute(0, 3, 1, 2), 321, torch.tensor(text)).sample
-    alone = jax.jit(lambda m, *args: m(*args))(unet, jnp.asarray(x)[:, None], jnp.array([321]), jnp.asarray(text))
-    assert difference(alone[:, 0], expected.permute(0, 2, 3, 1)) <= 1e-5
+    conditioning = Conditioning(jnp.asarray(text))
+    ours = jax.jit(lambda m, *args: m(*args))(unet, jnp.asarray(x)[:, None], jnp.array([321]), conditioning)
+    assert difference(ours[:, 0], expected.permute(0, 2, 3, 1)) <= 1e-5
 
 
 def test_the_vae(family):
     root, theirs, _ = family
-    vae = ours(root, "vae", VAE, diffusers_layout.vae_config)
+    vae = load(root, "vae", VAE, diffusers_layout.vae_config)
     pixels, latents = normal(1, 64, 96, 3), normal(1, 8, 12, 4)
     with torch.no_grad():
         mean = theirs["vae"].encode(torch.tensor(pixels).permute(0, 3, 1, 2)).latent_dist.mean
@@ -103,15 +105,15 @@ def test_the_vae(family):
 
 def test_the_text_encoder(family):
     root, theirs, _ = family
-    text = ours(root, "text_encoder", ClipText, diffusers_layout.text_config)
+    text = load(root, "text_encoder", ClipText, diffusers_layout.text_config)
     ids = np.random.default_rng(0).integers(0, 49408, (2, 77))
     with torch.no_grad():
         expected = theirs["text_encoder"](torch.tensor(ids)).last_hidden_state
     assert difference(jax.jit(lambda m, x: m(x))(text, ids), expected) <= 1e-5
 
 
-def test_loading_peaks_below_1_3_times_of_what_stays(family):
-    """In a process of its own, in bfloat16, by the operating system's count."""
+def test_peak_memory_of_loading_is_at_most_1_3_times_the_weights(family):
+    """The peak resident size of a separate process that loads in bfloat16."""
     code = f"""
 import json, resource, jax
 from tav_jax import TuneAVideo
@@ -121,10 +123,10 @@ jax.numpy.ones(3).block_until_ready()
 before = peak()
 tav = TuneAVideo.from_pretrained({str(family[0])!r}, dtype="bfloat16")
 parts = tav.components
-held = sum(x.nbytes for part in (parts.unet, parts.vae, parts.text_encoder) for x in jax.tree.leaves(part))
-print(json.dumps([peak() - before, held]))
+size = sum(x.nbytes for part in (parts.unet, parts.vae, parts.text_encoder) for x in jax.tree.leaves(part))
+print(json.dumps([peak() - before, size]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    rise, held = json.loads(done.stdout.splitlines()[-1])
-    assert held > 2e9
-    assert rise <= 1.3 * held, f"loading took {rise / 1e9:.2f} GB for {held / 1e9:.2f} GB of weights"
+    rise, size = json.loads(done.stdout.splitlines()[-1])
+    assert size > 2e9
+    assert rise <= 1.3 * size, f"loading took {rise / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"

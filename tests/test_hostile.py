@@ -1,15 +1,11 @@
-"""What others made: weight files that lie, videos that are none, disks that are full, devices that are too small.
+"""Invalid schedules, videos and random files, full disks, and devices with too little memory.
 
-Each is refused by one sentence, in little time and memory, and what was there before stays as it was.
+Each is refused with one sentence, in bounded time and memory, and existing files stay unchanged.
 """
 
-import contextlib
-import dataclasses
 import io
-import json
 import os
 import resource
-import shutil
 import struct
 import subprocess
 import time
@@ -21,228 +17,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refusal
 from flax import nnx
 from fuzz import fuzz
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
-from tav_jax.diffusion.schedule import NoiseSchedule, programs
+from tav_jax.diffusion import programs
+from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.distributed import memory
-from tav_jax.errors import InputError, MissingError, OutOfMemoryError, TavError, WeightsError
-from tav_jax.io import decoding, tokenizer, video, weights
-from tav_jax.io.diffusers_layout import Layout
-from tav_jax.io.tensor_files import HEADER, tensors_in
+from tav_jax.errors import InputError, OutOfMemoryError, WeightsError
+from tav_jax.io import decoding, video
 from tav_jax.io.video import Clip, load_video
-from tav_jax.io.weights import TOKENIZER_FILES
-from tav_jax.models import VAE
 from tav_jax.training import train_step
 from tav_jax.training.checkpoint import Checkpoints
 from tav_jax.training.loop import publish_video
 from tav_jax.training.run_directory import RunDirectory
 
-FILE = "vae/diffusion_pytorch_model.safetensors"
 
-
-@pytest.fixture
-def model(sd1, tmp_path) -> Path:
-    """A copy that may be spoiled."""
-    shutil.copytree(sd1.model, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def refusal(kind: type[TavError], call, *args, **options) -> str:
-    with pytest.raises(kind) as caught:
-        call(*args, **options)
-    said = str(caught.value)
-    assert said.isprintable(), said
-    assert len(said) < 2500
-    return said
-
-
-def autoencoder(model: Path) -> VAE:
-    """The smallest network of a pipeline, filled."""
-    layout = Layout.open(model)
-    vae = weights.abstract(VAE, layout.vae, jnp.float32)
-    weights.fill(vae, model, "vae", lambda path: jnp.float32)
-    return vae
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def write(folder: Path, header, data: bytes = b"", claim: int | None = None) -> Path:
-    told = header if isinstance(header, bytes) else json.dumps(header).encode()
-    folder.mkdir(exist_ok=True)
-    file = folder / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", len(told) if claim is None else claim) + told + data)
-    return folder
-
-
-def entry(shape, *place, dtype="F32") -> dict:
-    return {"dtype": dtype, "shape": shape, "data_offsets": list(place)}
-
-
-# --------------------------------------------------------------------------------------------------- weight headers
-
-
-def test_an_honest_header_is_read(tmp_path):
-    """The same writer as below: what it writes is refused for what is wrong with it, and for nothing else."""
-    table = {"../../a": entry([2, 2], 0, 16), "b": entry([], 16, 18, dtype="BF16"), "none": entry([0, 3], 18, 18)}
-    data = np.arange(4, dtype=np.float32).tobytes() + b"\x80\x3f"
-    found = {t.name: t for t in tensors_in(write(tmp_path / "w", {"__metadata__": {"format": "pt"}, **table}, data))}
-    assert found["../../a"].read().tolist() == [[0, 1], [2, 3]]  # a name is a name, and never a path
-    assert float(found["b"].read()) == 1.0
-    assert found["none"].read().shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("header", "data", "claim", "said"),
-    [
-        ({}, 0, 2**32, "header claims 4294967296 bytes"),
-        ({}, 0, 2**63, "header claims 9223372036854775808 bytes"),
-        ({}, 0, 3, "header claims 3 bytes and the file has 10"),
-        (b"", 0, None, "Expecting value"),
-        (b"\xff\xfe{}", 0, None, "utf-8"),
-        (b'{"a": ', 0, None, "Expecting value"),
-        (b"[" * 50_000, 0, None, "nested too deeply"),
-        (b"[]", 0, None, "its header is a list"),
-        (b'{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {}}', 4, None, "'a' is given twice"),
-        ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, 4, None, "'b' begins at 0 where 4 was due"),
-        ({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, 8, None, "'b' begins at 4 where 8 was due"),
-        ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, 12, None, "'b' begins at 8 where 4 was due"),
-        ({"a": entry([4], 0, 16)}, 15, None, "tensors end at"),
-        ({"a": entry([4], 0, 16)}, 17, None, "tensors end at"),
-        ({"a": entry([3], 0, 16)}, 16, None, r"'a' is F32 \[3\] in 16 bytes"),
-        ({"a": entry([10**18], 0, 16)}, 16, None, r"'a' is F32 \[10{18}\] in 16 bytes"),
-        ({"a": entry([2**32, 2**32], 0, 0)}, 0, None, r"'a' is F32 \[4294967296, 4294967296\] in 0 bytes"),
-        ({"a": entry([10**12], 0, 4 * 10**12)}, 16, None, "tensors end at 4000000000"),
-        ({"a": entry([-1], 0, 4)}, 4, None, r"'a' has the shape \[-1\]"),
-        ({"a": entry([1.0], 0, 4)}, 4, None, r"'a' has the shape \[1.0\]"),
-        ({"a": entry([True], 0, 4)}, 4, None, r"'a' has the shape \[True\]"),
-        ({"a": entry([1] * 99, 0, 4)}, 4, None, "'a' has the shape"),
-        ({"a": entry([1], -4, 0)}, 4, None, r"'a' lies at \[-4, 0\]"),
-        ({"a": entry([1], 4, 0)}, 4, None, r"'a' is F32 \[1\] in -4 bytes"),
-        ({"a": entry([1], 0)}, 4, None, r"'a' lies at \[0\]"),
-        ({"a": entry([1], 0, 4, dtype="F33")}, 4, None, "'a' is of the unknown type 'F33'"),
-        ({"a": entry([1], 0, 4, dtype=["F32"])}, 4, None, "'a' is of the unknown type"),
-        ({"a": {"dtype": "F32"}}, 4, None, "'a' has not just"),
-        ({"x\ny" * 3000: 3}, 4, None, "has not just"),
-    ],
-)
-def test_a_header_that_lies_is_refused_before_anything_is_read(tmp_path, header, data, claim, said):
-    folder = write(tmp_path / "w", header, bytes(data), claim)
-    before, began = contents(tmp_path), time.process_time()
-    with pytest.raises(WeightsError, match=said) as caught:
-        list(tensors_in(folder))
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 600
-    assert time.process_time() - began < 5
-    assert contents(tmp_path) == before
-
-
-def test_a_header_of_4_gib_that_is_there_is_not_read(tmp_path):
-    folder = tmp_path / "w"
-    folder.mkdir()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", 2**32))
-        file.truncate(2**32 + 8)  # sparse: it takes no room
-    assert f"more than {HEADER}" in refusal(WeightsError, lambda: list(tensors_in(folder)))
-
-
-def test_a_million_wrong_names_make_a_short_sentence(model):
-    tensors = load_file(model / FILE)
-    save_file({**tensors, **{f"no\nsuch{i}": np.zeros(1, np.float32) for i in range(5000)}}, model / FILE)
-    said = refusal(WeightsError, autoencoder, model)
-    assert "5000 unexpected: 'no\\nsuch0'" in said
-    assert "and 4988 more" in said
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda x: x.astype(np.int64), "1 of a wrong type: encoder.conv_in.bias is I64, expected F64 or F32"),
-        (lambda x: np.where(np.arange(len(x)) == 1, np.nan, x), "encoder.conv_in.bias holds values that are no"),
-        (lambda x: x.astype(np.float64) + 1e300, "encoder.conv_in.bias holds values that are no"),
-    ],
-)
-def test_values_that_are_no_weights(model, spoil, said):
-    tensors = load_file(model / FILE)
-    tensors["encoder.conv_in.bias"] = spoil(tensors["encoder.conv_in.bias"])
-    save_file(tensors, model / FILE)
-    assert said in refusal(WeightsError, autoencoder, model)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../unet/x.safetensors", "/etc/passwd", "..", ".", "", "a/b", "x\0", "x" * 4000, 3, None, ["a"], {"a": "b"}],
-)
-def test_an_index_names_only_what_lies_beside_it(tmp_path, name):
-    index = write(tmp_path / "vae", {}) / "model.safetensors.index.json"
-    (tmp_path / "vae/model.safetensors").unlink()
-    index.write_text(json.dumps({"weight_map": {"a": name}}))
-    said = refusal(WeightsError, lambda: list(tensors_in(tmp_path / "vae")))
-    assert "not a file beside it" in said or "is not an index of weight files" in said
-
-
-@pytest.mark.parametrize("text", ["", "[", "[" * 50_000, "{}", '{"weight_map": []}', '{"weight_map": {}}', "\udcff"])
-def test_an_index_that_is_none(tmp_path, text):
-    folder = tmp_path / "vae"
-    folder.mkdir()
-    (folder / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert "index.json" in refusal(WeightsError, lambda: list(tensors_in(folder)))
-
-
-def test_a_link_beside_the_index_is_the_users_own(tmp_path):
-    blobs = write(tmp_path / "blobs", {"a": entry([1], 0, 4)}, struct.pack("<f", 7.0))
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae/one.safetensors").symlink_to(blobs / "model.safetensors")
-    (tmp_path / "vae/model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors"}}')
-    assert [float(t.read()[0]) for t in tensors_in(tmp_path / "vae")] == [7.0]
-
-
-# ---------------------------------------------------------------------------------------------------------- configs
-
-
-@pytest.mark.parametrize(
-    ("part", "changes"),
-    [
-        ("unet", {"block_out_channels": [10**9] * 3}),
-        ("unet", {"block_out_channels": list(range(8, 8 * 10_000, 8))}),
-        ("unet", {"block_out_channels": [1, 1, 1], "norm_num_groups": 1, "attention_head_dim": 1}),
-        ("unet", {"layers_per_block": 10**6}),
-        ("unet", {"layers_per_block": 0}),
-        ("unet", {"layers_per_block": True}),
-        ("unet", {"norm_eps": float("inf")}),
-        ("unet", {"norm_eps": float("nan")}),
-        ("unet", {"norm_eps": -1e-5}),
-        ("unet", {"freq_shift": "much"}),
-        ("unet", {"freq_shift": 8}),
-        ("unet", {"use_linear_projection": "false"}),
-        ("unet", {"down_block_types": [[], {}, None]}),
-        ("unet", {"attention_head_dim": None}),
-        ("vae", {"down_block_types": 3}),
-        ("vae", {"scaling_factor": 1e39}),
-        ("vae", {"block_out_channels": [8] * 20}),
-        ("text_encoder", {"num_hidden_layers": 10**6}),
-        ("text_encoder", {"vocab_size": 10**12}),
-        ("text_encoder", {"hidden_size": -24}),
-        ("text_encoder", {"max_position_embeddings": 10**7}),
-        ("text_encoder", {"hidden_act": [[[[1]]]]}),
-    ],
-)
-def test_a_config_that_asks_for_the_absurd(model, part, changes):
-    file = model / part / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    began = time.process_time()
-    assert f"{part}/config.json: {next(iter(changes))} is " in refusal(WeightsError, Layout.open, model)
-    assert time.process_time() - began < 5
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{" + " " * 2**21 + "}", "\udcff", '{"a":1,"a":1}'])
-def test_a_config_that_is_made_to_annoy(model, text):
-    (model / "unet/config.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert "unet/config.json is not a readable JSON file" in refusal(WeightsError, Layout.open, model)
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -263,37 +56,8 @@ def test_a_config_that_is_made_to_annoy(model, text):
         {"trained_betas": [0.9] * 1000},
     ],
 )
-def test_a_schedule_of_the_absurd(changes):
+def test_an_invalid_schedule_is_refused(changes):
     assert "the scheduler's" in refusal(WeightsError, NoiseSchedule.from_config, changes)
-
-
-def test_a_tokenizer_of_another_pipeline_or_of_none(sd1, model):
-    tokenizer = tokenizer.load_tokenizer(model / "tokenizer")
-    assert tokenizer.tokenize(tokenizer, ["red square"], 77, 530).max() < 530
-    said = refusal(WeightsError, tokenizer.tokenize, tokenizer, ["red square"], 77, 300)
-    assert "the text encoder has 300 words" in said
-    for text in ("\ud800", "x" * 200_000):
-        refusal(InputError, tokenizer.tokenize, tokenizer, [text], 77, 530)
-    config = json.loads((model / "tokenizer/tokenizer_config.json").read_text())
-    for wrong in ([[]], "long", None, {"a": 1}):
-        (model / "tokenizer/tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": wrong}))
-        with contextlib.suppress(WeightsError):  # None has a meaning there
-            tokenizer.tokenize(tokenizer.load_tokenizer(model / "tokenizer"), ["red"], 77, 530)
-    (model / "tokenizer/vocab.json").write_text("[" * 100_000)
-    assert "not a readable CLIP tokenizer" in refusal(WeightsError, tokenizer.load_tokenizer, model / "tokenizer")
-
-
-def test_an_export_passes_on_a_tokenizer_and_nothing_beside_it(sd1, tmp_path):
-    """A downloaded folder may hold a link to anything; a person who exports it should not publish that."""
-    shutil.copytree(sd1.model, tmp_path / "model")
-    (tmp_path / "secret").write_text("mine")
-    (tmp_path / "model/tokenizer/notes.txt").symlink_to(tmp_path / "secret")
-    (tmp_path / "model/tokenizer/folder").mkdir()
-    layout = dataclasses.replace(sd1.tav.components.layout, root=tmp_path / "model")
-    weights.save(dataclasses.replace(sd1.tav.components, layout=layout), tmp_path / "out")
-    written = {file.name for file in (tmp_path / "out/tokenizer").iterdir()}
-    assert written == {file.name for file in (sd1.model / "tokenizer").iterdir()} <= set(TOKENIZER_FILES)
-    assert not any(data == b"mine" for data in contents(tmp_path / "out").values())
 
 
 # ------------------------------------------------------------------------------------------------------------ videos
@@ -414,17 +178,17 @@ def test_very_high_frame_rate(tmp_path):
     clip.save(tmp_path / "b.mp4")
 
 
-# ------------------------------------------------------------------------------------------------- thousands of inputs
+# ------------------------------------------------------------------------------------------------------ random inputs
 
 
 @pytest.mark.parametrize(("target", "count"), [("video", 60), ("weights", 24)])
-def test_damaged_files_are_read_or_refused(target, count):
+def test_randomly_damaged_files_are_read_or_refused(target, count):
     if target == "weights":
-        pytest.importorskip("torch")  # writes the pickles among them
-    told = fuzz(target, seconds=600, count=count, first=10**6)
-    assert told["findings"] == {}
-    assert told["tried"] == count
-    assert told["refused"] > 0
+        pytest.importorskip("torch")  # writes the .bin files
+    result = fuzz(target, seconds=600, count=count, first=10**6)
+    assert result["findings"] == {}
+    assert result["tried"] == count
+    assert result["refused"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------- a full disk
@@ -432,20 +196,20 @@ def test_damaged_files_are_read_or_refused(target, count):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of its own, of two megabytes."""
+    """A file system of two megabytes."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
     if done.returncode:
-        pytest.skip("a disk of two megabytes takes root's rights to mount one")
+        pytest.skip("mounting a file system of two megabytes requires root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def fill(place: Path, free: int) -> None:
-    """Leave so many bytes of the disk."""
-    room = os.statvfs(place)
-    (place / "filler").write_bytes(bytes(max(0, room.f_bavail * room.f_bsize - free)))
+def fill_disk(place: Path, free: int) -> None:
+    """Write a file that leaves `free` bytes of the disk."""
+    disk = os.statvfs(place)
+    (place / "filler").write_bytes(bytes(max(0, disk.f_bavail * disk.f_bsize - free)))
 
 
 NOISE = Clip(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8), 8.0)
@@ -460,42 +224,42 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("free", [0, 16_384])
-def test_a_full_disk_keeps_what_was_there(sd1, small_disk, stage, free):
+def test_on_a_full_disk_existing_files_stay_unchanged(sd1, small_disk, stage, free):
     run = RunDirectory(small_disk / "run").create()
     run.write("config.json", "{}")
     run.write("edits/a.mp4", "before")
     run.write("edits/a.gif", "before")
-    fill(small_disk, free)
+    fill_disk(small_disk, free)
     before = contents(small_disk)
     assert "could not be written (no space left on device)" in refusal(InputError, STAGES[stage], sd1, run).lower()
     assert contents(small_disk) == before
     assert not [f for f in small_disk.rglob("*") if f.name.startswith(".")]
     (small_disk / "filler").unlink()
-    if stage != "export":  # which is larger than the disk
+    if stage != "export":  # an export is larger than the disk
         STAGES[stage](sd1, run)
         assert contents(small_disk) != before
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(sd1, small_disk):
+def test_on_a_full_disk_earlier_checkpoints_stay_valid(sd1, small_disk):
     _, trained, _ = nnx.split(sd1.tav.components.unet, train_step.trainable_filter(), ...)
-    learner = train_step.TrainState.create(trained)
+    state = train_step.TrainState.create(trained)
     checkpoints = Checkpoints(small_disk / "checkpoints")
-    checkpoints.save(1, learner, {"fingerprint": "x"})
+    checkpoints.save(1, state, {"fingerprint": "x"})
     checkpoints.wait()
-    fill(small_disk, 40_000)
-    later = train_step.TrainState(jax.tree.map(lambda x: x + 1, learner.params), learner.opt_state)
+    fill_disk(small_disk, 40_000)
+    later = train_step.TrainState(jax.tree.map(lambda x: x + 1, state.params), state.opt_state)
 
     def save():
         checkpoints.save(2, later, {"fingerprint": "x"})
         checkpoints.wait()
 
-    said = refusal(InputError, save)
-    assert "the checkpoint of step 2 could not be written" in said
-    assert "earlier ones are intact" in said
+    message = refusal(InputError, save)
+    assert "the checkpoint of step 2 could not be written" in message
+    assert "earlier ones are intact" in message
     again = Checkpoints(small_disk / "checkpoints")
     assert again.newest == 1
     found = again.restore(train_step.TrainState.create(trained)).params
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(learner.params), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state.params), strict=True):
         assert np.array_equal(ours, theirs)
 
 
@@ -598,9 +362,3 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert memory.capacity() == (64 << 20) // jax.local_device_count()
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.capacity() > 64 << 20
-
-
-def test_a_folder_without_weights_is_missing(tmp_path):
-    (tmp_path / "vae").mkdir()
-    os.mkfifo(tmp_path / "vae/model.safetensors")  # which would be waited for
-    assert "holds no weights" in refusal(MissingError, lambda: list(tensors_in(tmp_path / "vae")))
