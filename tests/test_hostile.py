@@ -30,7 +30,7 @@ from tav_jax.io import decoding, video
 from tav_jax.io.video import Clip, load_video
 from tav_jax.training import train_step
 from tav_jax.training.checkpoint import Checkpoints
-from tav_jax.training.loop import publish_video
+from tav_jax.training.run import publish_video
 from tav_jax.training.run_directory import RunDirectory
 
 

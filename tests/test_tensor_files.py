@@ -5,6 +5,7 @@ import os
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def write(directory: Path, header, data: bytes = b"", length: int | None = None)
     return directory
 
 
-def entry(shape, *offsets, dtype="F32") -> dict:
+def entry(shape, *offsets, dtype: Any = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 

@@ -68,7 +68,9 @@ def test_each_name_matches_one_row_and_converts_back_to_itself(case):
             rows = [pattern for pattern, _ in weights.FROM_DIFFUSERS[part] if re.fullmatch(pattern, name)]
             assert len(rows) == 1 or (rows and name.endswith(".bias")), name  # the last row matches any bias
             path = weights.translate(weights.FROM_DIFFUSERS[part], name)
+            assert path is not None, name
             back = weights.translate(weights.TO_DIFFUSERS[part], path)
+            assert back is not None, path
             for new, old in weights.OLD_VAE_NAMES.items():
                 back = back.replace(f"attentions.0.{new}.", f"attentions.0.{old}.") if part == "vae" else back
             assert back == name
