@@ -27,6 +27,9 @@ from tav_jax.io.diffusers_layout import CONFIGS, Layout
 from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
 from tav_jax.models import VAE, ClipText, UNet
 
+# The VAE's attention layers have two generations of names: new → old.
+OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
 # Diffusers' name → path in the module, by the first row that matches all of it. A name without a row is an error.
 _CONV = r"conv(?:\d|_in|_out|_shortcut)?"
 _KERNEL, _SCALE, _BIAS = r"\1.kernel", r"\1.scale", r"\1.bias"
@@ -41,11 +44,8 @@ FROM_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
         (r"(.+)\.bias", _BIAS),
     ],
     "vae": [
-        # Attention layers have two generations of names: query, key, value, proj_attn and to_q, to_k, to_v, to_out.0.
-        *((rf"(.+\.attentions\.0)\.{old}\.weight", rf"\1.{new}.kernel") for old, new in
-          (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))),
-        *((rf"(.+\.attentions\.0)\.{old}\.bias", rf"\1.{new}.bias") for old, new in
-          (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))),
+        *((rf"(.+\.attentions\.0)\.{old}\.{theirs}", rf"\1.{new}.{ours}") for new, old in OLD_VAE_NAMES.items()
+          for theirs, ours in (("weight", "kernel"), ("bias", "bias"))),
         (r"((?:.+\.)?(?:norm\d|group_norm|conv_norm_out))\.weight", _SCALE),
         (rf"((?:.+\.)?(?:{_CONV}|(?:post_)?quant_conv|to_[qkv]|to_out\.0))\.weight", _KERNEL),
         (r"(.+)\.bias", _BIAS),
@@ -74,7 +74,6 @@ TO_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
         (r"(.+)\.bias", r"text_model.\1.bias"),
     ],
 }
-OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 # A buffer that is not a weight, and a projection that Stable Diffusion does not use.
 IGNORED = {"text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight"}
