@@ -1,0 +1,338 @@
+"""The commands in README.md, launch/README.md and the configs, run as they are printed.
+
+The commands are read from the documents, so that a change there that does not work fails here. They run in order in one
+directory with the real programs. Three things are replaced: the model hub by a local server with a tiny model, the clips
+by drawn ones, and sizes and steps by options that are appended to a command.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+
+from tav_jax import Clip
+from tav_jax.cli import main
+from tav_jax.cli.settings import read_config
+from tests.conftest import LOOKING_THERE, REFERENCE, with_libtpu
+
+ROOT = Path(__file__).parent.parent
+README, LAUNCH_README = (ROOT / "README.md").read_text(), (ROOT / "launch/README.md").read_text()
+MODEL = REFERENCE / "sd1" / "model"
+MODEL_ID = "CompVis/stable-diffusion-v1-4"
+BIN = Path(sys.executable).parent
+
+# Appended to a documented `tav` command, so that it runs on a tiny model in seconds.
+TINY = {
+    "model.dtype": "float32",
+    "clip.frames": 3,
+    "clip.height": 32,
+    "clip.width": 32,
+    "train.steps": 2,
+    "train.preview_every": 0,
+    "edit.steps": 2,
+    "edit.inversion_steps": 2,
+}
+TINY_OPTIONS = [f"--config.{name}={value}" for name, value in TINY.items()]
+
+
+def shell_commands(document: str) -> list[list[str]]:
+    """The words of every command in the shell blocks of a Markdown document, in order."""
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def inline_commands(document: str) -> list[list[str]]:
+    """The words of every `tav …` that is quoted in the text."""
+    quoted = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL))
+    return [shlex.split(code) for code in quoted if re.match(r"tav [a-z]", code)]
+
+
+COMMANDS = shell_commands(README)
+
+
+def commands_of(program: str, *arguments: str) -> list[list[str]]:
+    return [words for words in COMMANDS if words[: 1 + len(arguments)] == [program, *arguments]]
+
+
+# ------------------------------------------------------------------------------------------------ the stand-in for the hub
+
+
+class Hub:
+    """Serves one model repository on 127.0.0.1, with the requests that `hf download` and `snapshot_download` make."""
+
+    commit = "1" * 40
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files, self.fetched = files, []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                self.answer(body=False)
+
+            def do_GET(self):
+                self.answer(body=True)
+
+            def answer(self, *, body: bool):
+                status, headers, content = hub.respond(unquote(urlsplit(self.path).path), body)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if body:
+                    self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def respond(self, path: str, body: bool) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and content of a request."""
+        if path == f"/api/models/{MODEL_ID}/revision/main":
+            siblings = [{"rfilename": name} for name in self.files]
+            return self.json({"id": MODEL_ID, "modelId": MODEL_ID, "sha": self.commit, "siblings": siblings})
+        if path.startswith(f"/api/models/{MODEL_ID}/tree/"):
+            return self.json(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in self.files.items()
+                ]
+            )
+        match = re.fullmatch(rf"/{MODEL_ID}/resolve/(?:main|{self.commit})/(.+)", path)
+        if match and (content := self.files.get(match[1])) is not None:
+            if body:
+                self.fetched.append(match[1])
+            return 200, {"X-Repo-Commit": self.commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
+        return 404, {"X-Error-Code": "EntryNotFound" if match else "RepoNotFound"}, b""
+
+    @staticmethod
+    def json(value) -> tuple[int, dict[str, str], bytes]:
+        return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+NEEDED = {str(path.relative_to(MODEL)): path for path in MODEL.rglob("*") if path.is_file()}
+# What repositories of Stable Diffusion hold besides: other formats, half-precision copies, the safety checker.
+DECOYS = (
+    "README.md",
+    "sd-v1-4.ckpt",
+    "sd-v1-4.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "vae/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder/model.fp16.safetensors",
+    "safety_checker/model.safetensors",
+    "safety_checker/pytorch_model.bin",
+)
+SMALL_DECOYS = {"safety_checker/config.json", "feature_extractor/preprocessor_config.json"}  # a few hundred bytes
+
+
+@pytest.fixture(scope="module")
+def hub():
+    files = {name: path.read_bytes() for name, path in NEEDED.items()}
+    files |= dict.fromkeys(DECOYS, b"not to be downloaded") | dict.fromkeys(SMALL_DECOYS, b"{}")
+    hub = Hub(files)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def run(hub, tmp_path_factory):
+    """Runs a command in a directory that has the documented files."""
+    place = tmp_path_factory.mktemp("documented")
+    (place / "configs").symlink_to(ROOT / "configs")
+    (place / "data").mkdir()
+    frames = np.full((80, 40, 40, 3), 70, np.uint8)
+    for i, frame in enumerate(frames):
+        frame[10:26, i % 20 : 20 + i % 20] = (40, 200, 90)
+    for name in ("man-skiing.mp4", "data/man-skiing.mp4", "data/car-turn.mp4"):
+        Clip(frames, 15.0).save(place / name)
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", **LOOKING_THERE}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(place / "hub"), "NO_PROXY": "127.0.0.1"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", "tav_jax", *words[1:]] if words[0] == "tav" else [BIN / words[0], *words[1:]]
+        return subprocess.run(words, env=environment, cwd=place, capture_output=True, text=True, timeout=1200)
+
+    run.place = place
+    return run
+
+
+@pytest.fixture(scope="module")
+def downloaded(run, hub) -> list[Path]:
+    """The directories that the documented `hf download` commands write."""
+    directories = []
+    for words in commands_of("hf", "download"):
+        hub.fetched.clear()
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+        directories.append(run.place / words[words.index("--local-dir") + 1])
+    assert directories
+    return directories
+
+
+# -------------------------------------------------------------------------------------------------------------- the tests
+
+
+def test_every_documented_command_is_of_a_kind_that_is_tested_here():
+    kinds = {"make", "pip", "hf", "tav"}
+    assert {words[0] for words in COMMANDS} == kinds
+    assert {words[1] for words in commands_of("tav")} == {"doctor", "train", "edit", "export", "plan", "demo"}
+    assert {words[0].split("/")[0] for words in shell_commands(LAUNCH_README)} == {"gcloud", "launch"}
+
+
+def test_hf_download_fetches_the_needed_files_and_no_others(downloaded, hub):
+    for directory in downloaded:
+        files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+        arrived = {name for name in files if not name.startswith(".cache/")}
+        assert arrived - SMALL_DECOYS == set(NEEDED)
+        assert {name: (directory / name).read_bytes() for name in NEEDED} == {n: hub.files[n] for n in NEEDED}
+    assert set(hub.fetched) - SMALL_DECOYS == set(NEEDED)
+
+
+LOAD = "import sys; from tav_jax import TuneAVideo; print(TuneAVideo.from_pretrained(sys.argv[1], dtype='float32'))"
+
+
+@pytest.mark.slow
+def test_the_downloaded_directory_loads(downloaded, run):
+    for directory in downloaded:
+        done = run("python", "-c", LOAD, str(directory))
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_hub_id_loads_and_fetches_the_same_files(hub, run):
+    hub.fetched.clear()
+    done = run("python", "-c", LOAD, MODEL_ID)
+    assert done.returncode == 0, done.stderr
+    assert set(hub.fetched) - SMALL_DECOYS == set(NEEDED)
+
+
+def test_an_unknown_hub_id_is_refused_in_one_sentence(run):
+    done = run("tav", "train", "--workdir=refused", "--config.model.path=nobody/nothing", "--config.clip.path=man-skiing.mp4",
+               "--config.clip.prompt=a man is skiing", *TINY_OPTIONS)  # fmt: skip
+    assert done.returncode == 2
+    assert "nobody/nothing" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_train_edit_and_export_run_in_the_documented_order(downloaded, run):
+    written = []
+    for words in COMMANDS:
+        if words[:2] == ["tav", "train"]:
+            words = [*words, "--config.model.path=sd14", *TINY_OPTIONS]
+        elif words[0] != "tav" or words[1] not in ("edit", "export"):
+            continue
+        if words[1] == "edit" and (options := [word for word in words if word.startswith("--step=")]):
+            words = [*words, "--step=2"] if options else words
+        done = run(*words)
+        assert done.returncode == 0, (words, done.stderr)
+        written.append(words[1])
+    assert {"train", "edit", "export"} <= set(written)
+    assert list((run.place / "runs").glob("*/edits/*.mp4"))
+
+
+@pytest.mark.slow
+@with_libtpu
+def test_plan_runs(downloaded, run):
+    for words in commands_of("tav", "plan"):
+        done = run(*words, "--config.model.path=sd14", *TINY_OPTIONS, "--cache=plans")
+        assert done.returncode == 0, done.stderr
+        assert "fits" in done.stdout
+
+
+def test_doctor_runs(run):
+    done = run("tav", "doctor")
+    assert done.returncode in (0, 1), done.stderr  # 1 where a package or a device is missing
+    assert "Python" in done.stdout
+
+
+def test_demo_options_exist():
+    for words in commands_of("tav", "demo"):
+        main.parser().parse_args(words[1:])
+
+
+def test_pip_extras_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for document in (README, LAUNCH_README) for extra in re.findall(r"'(?:\.|tav_jax)\[(\w+)\]'", document)}
+    assert {"cuda", "tpu"} <= named <= set(extras)
+    for words in commands_of("pip"):
+        assert words[1] == "install"
+        assert all(re.fullmatch(r"\.(\[\w+\])?|libtpu", word) for word in words[2:])
+
+
+def test_make_targets_exist():
+    for words in commands_of("make"):
+        done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def subcommand_options() -> dict[str, set[str]]:
+    [subcommands] = [a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return {name: set(parser._option_string_actions) for name, parser in subcommands.choices.items()}
+
+
+def test_options_quoted_in_the_text_exist():
+    known = subcommand_options()
+    quoted = inline_commands(README) + inline_commands(LAUNCH_README)
+    assert quoted
+    for _, command, *words in quoted:
+        options = [word.split("=")[0] for word in words if word.startswith("--")]
+        assert {name for name in options if not name.startswith("--config")} <= known[command]
+        read_config([word for word in words if word.startswith("--config.")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_launch_line_of_a_config_is_a_valid_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    docstring = path.read_text().split('"""')[1].replace("\\\n", " ")
+    [line] = [line for line in docstring.splitlines() if line.strip().startswith("tav train")]
+    words = shlex.split(line)
+    assert f"--config=configs/{path.name}" in words
+    arguments, settings = main.parser().parse_known_args(words[1:])
+    config = read_config(settings)
+    assert arguments.workdir
+    assert config.clip.path
+    assert config.clip.prompt
+    for heading in ("Cost:", "Result:"):
+        assert heading in docstring
+
+
+def test_launch_commands_print_their_plan():
+    commands = shell_commands(LAUNCH_README)
+    for script, *words in (words for words in commands if words[0].startswith("launch/")):
+        done = subprocess.run([ROOT / script, "--dry-run", *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+        if "--" in words:
+            arguments, settings = main.parser().parse_known_args(words[words.index("--") + 1 :])
+            assert arguments.workdir.startswith("gs://")
+            read_config(settings)
