@@ -282,7 +282,9 @@ def test_demo_options_exist():
 
 def test_pip_extras_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {extra for document in (README, LAUNCH_README) for extra in re.findall(r"'(?:\.|tav_jax)\[(\w+)\]'", document)}
+    named = {
+        extra for document in (README, LAUNCH_README) for extra in re.findall(r"'(?:\.|tav_jax)\[(\w+)\]'", document)
+    }
     assert {"cuda", "tpu"} <= named <= set(extras)
     for words in commands_of("pip"):
         assert words[1] == "install"
