@@ -1,4 +1,4 @@
-"""Seconds and peak memory on a CPU, in float32: ours, and the official PyTorch code beside it.
+"""Seconds and peak memory on a CPU, in float32, of this package and of the official PyTorch code.
 
 python benchmarks/cpu.py --size=small --rounds=5
 python benchmarks/cpu.py --size=sd14 --rounds=1 --official=Tune-A-Video --official-python=old/bin/python
@@ -7,11 +7,11 @@ python benchmarks/cpu.py --size=sd14 --rounds=1 --official=Tune-A-Video --offici
 random weights, written once into --cache (4.5 GB), 2 frames of 128×128. `--official` is a checkout of the official
 code, `--official-python` an interpreter that can run it (diffusers 0.11, accelerate, einops, imageio).
 
-Every measurement is a fresh process, so that its peak memory is its own; the two sides take turns, round by round. Each
-prints one line of JSON, which goes to the standard error; the tables go to the standard output. Both sides also say
-what they computed (how many parameters, how many trained tensors, the spread of the last latents), and must agree.
+Every measurement is a separate process, so that its peak memory is its own. The two sides alternate, round by round.
+Each measurement prints one line of JSON to standard error; the tables go to standard output. Both sides also report a
+number that they computed (parameters, trained tensors, standard deviation of the last latents), and these must agree.
 
-On a busy machine take `--cores=1` and read the table of CPU seconds: they count only while the process runs.
+On a busy machine use `--cores=1` and the table of CPU seconds, which count only while the process runs.
 """
 
 import argparse
@@ -37,31 +37,35 @@ TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
 class Size(NamedTuple):
     frames: int
     pixels: int  # a frame's side
-    walk: int  # DDIM steps in one inversion or sampling
+    steps: int  # DDIM steps in one inversion or sampling
     repeat: int  # calls after the first one; their median is the steady time
     jobs: tuple[str, ...]
 
 
 SIZES = {
-    "small": Size(8, 64, walk=10, repeat=5, jobs=("load", "tune", "invert", "sample")),
-    "sd14": Size(2, 128, walk=1, repeat=2, jobs=("load", "tune", "tune-remat", "invert", "sample")),
+    "small": Size(8, 64, steps=10, repeat=5, jobs=("load", "tune", "invert", "sample")),
+    "sd14": Size(2, 128, steps=1, repeat=2, jobs=("load", "tune", "tune-remat", "invert", "sample")),
 }
 NAMES = {"tune-remat": "tune (ours with remat)", "invert": "inversion", "sample": "guided sampling"}
-COMPARED = {"tune-remat": "tune"}  # with which of the official jobs, where there is no such job
+COMPARED = {"tune-remat": "tune"}  # the official job to compare with, where it has none of that name
 
-Job = Callable[[], Any]  # one call of what is measured; gives the number on which both sides must agree
+Job = Callable[[], Any]  # the measured call; returns the number on which both sides must agree
 
 
-# ------------------------------------------------------------------------------------------- in a measured process
+# --------------------------------------------------------------------------------------------- the measured process
 
 
 def ours(job: str, model: Path, size: Size) -> Job:
     import jax
     import jax.numpy as jnp
-    from transformers import CLIPTokenizer  # noqa: F401  imported late by ours: here it is no part of loading
+    from transformers import CLIPTokenizer  # noqa: F401  imported here so that loading does not include the import
 
     from tav_jax import TuneAVideo
     from tav_jax.diffusion import programs
+    from tav_jax.diffusion.samplers import DDIM
+    from tav_jax.models import Conditioning
+    from tav_jax.training.train_step import Hyperparameters, Posterior
+    from tav_jax.training.trainer import Trainer
 
     def load() -> int:
         tav = TuneAVideo.from_pretrained(model, dtype="float32")
@@ -76,45 +80,49 @@ def ours(job: str, model: Path, size: Size) -> Job:
     latents = jnp.asarray(start(size, tav.components.vae.config.downsampling))
 
     if job.startswith("tune"):
-        posterior, remat = (latents, jnp.zeros_like(latents)), job == "tune-remat"
-        learner, advance = tav.tuning(posterior, tav.encode_text(PROMPT), remat=remat)
+        posterior, remat = Posterior(latents, jnp.zeros_like(latents)), job == "tune-remat"
+        trainer = Trainer(tav, posterior, tav.encode_text(PROMPT), hyper=Hyperparameters(), remat=remat)
         count = itertools.count()
 
         def step() -> int:
-            nonlocal learner
-            learner, _ = jax.block_until_ready(advance(learner, next(count)))
-            return len(jax.tree.leaves(learner.params))
+            trainer.state, _ = jax.block_until_ready(trainer.step_fn(trainer.state, next(count)))
+            return len(jax.tree.leaves(trainer.state.params))
 
         return step
 
     guided = job == "sample"
-    text = tav.encode_text(["", PROMPT] if guided else "")
-    ladder = tav.schedule.sampling_steps(size.walk) if guided else tav.schedule.inversion_steps(size.walk)
+    conditioning = Conditioning(tav.encode_text(["", PROMPT] if guided else ""))
+    steps = tav.schedule.sampling_steps(size.steps) if guided else tav.schedule.inversion_steps(size.steps)
     options = {"prediction": tav.schedule.prediction, "use_guidance": guided, "trajectory": False}
+    scale, sampler = jnp.float32(GUIDANCE), DDIM()
 
-    def walk() -> float:
-        last, _ = programs.denoise_loop(tav.components.unet, latents, text, ladder, jnp.float32(GUIDANCE), **options)
-        return float(last.std())
+    def denoise() -> float:
+        state, _ = programs.denoise_loop(
+            tav.components.unet, sampler.init(latents), conditioning, steps, scale, sampler=sampler, **options
+        )
+        return float(state.latents.std())
 
-    return walk
+    return denoise
 
 
 def official(job: str, model: Path, size: Size, checkout: Path) -> Job:
-    """The official training script's lines, and its own inversion and pipeline."""
+    """The official training step, inversion and pipeline."""
     sys.path.insert(0, str(checkout))
     import torch
     from diffusers import DDIMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  as above
     from tuneavideo.pipelines.pipeline_tuneavideo import TuneAVideoPipeline
 
-    sys.modules.setdefault("torchvision", types.ModuleType("torchvision"))  # imported for GIF grids, which none makes
+    sys.modules.setdefault(
+        "torchvision", types.ModuleType("torchvision")
+    )  # imported for GIF grids, which are not used here
     from tuneavideo import util
 
     def load() -> int:
         parts = load_official(model)
         weights = [p for name in ("unet", "vae", "text_encoder") for p in parts[name].parameters()]
         for weight in weights:
-            weight.sum()  # the file is only mapped, and a page is read when it is first used
+            weight.sum()  # the file is memory-mapped, so weights are read when they are first used
         return sum(weight.numel() for weight in weights)
 
     if job == "load":
@@ -128,27 +136,27 @@ def official(job: str, model: Path, size: Size, checkout: Path) -> Job:
     if job == "tune":
         return official_step(model, pipe.unet, latents, conditional)
 
-    # Text and pictures are no part of a step: both sides have encoded the one before, and leave the other out.
+    # A step includes neither text encoding nor the VAE: text is encoded before, and latents are not decoded.
     util.tqdm = iter
     util.init_prompt = lambda prompt, pipeline: torch.cat([unconditional, unconditional])
     pipe._encode_prompt = lambda *_: torch.cat([unconditional, conditional])
     pipe.decode_latents = lambda latents: latents.numpy()
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler.set_timesteps(size.walk)
+    pipe.scheduler.set_timesteps(size.steps)
     shape = {"video_length": size.frames, "height": size.pixels, "width": size.pixels}
 
     def invert() -> float:
-        return float(util.ddim_inversion(pipe, pipe.scheduler, latents, size.walk)[-1].std(correction=0))
+        return float(util.ddim_inversion(pipe, pipe.scheduler, latents, size.steps)[-1].std(correction=0))
 
     def sample() -> float:
-        last = pipe(PROMPT, latents=latents, num_inference_steps=size.walk, guidance_scale=GUIDANCE, **shape).videos
+        last = pipe(PROMPT, latents=latents, num_inference_steps=size.steps, guidance_scale=GUIDANCE, **shape).videos
         return float(last.std(correction=0))
 
     return {"invert": invert, "sample": sample}[job]
 
 
 def load_official(model: Path) -> dict[str, Any]:
-    """As the training script loads and freezes them, but for the UNet, which is inflated already."""
+    """Loaded and frozen as in the training script; the UNet on disk is already inflated."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
     from tuneavideo.models.unet import UNet3DConditionModel
@@ -189,7 +197,7 @@ def official_step(model: Path, unet: Any, latents: Any, text: Any) -> Job:
 
 
 def start(size: Size, factor: int) -> Any:
-    """The same latents for everybody, [1, F, h, w, 4]."""
+    """The same latents for both sides, [1, F, h, w, 4]."""
     import numpy as np
 
     side = size.pixels // factor
@@ -197,9 +205,10 @@ def start(size: Size, factor: int) -> Any:
 
 
 def measure(side: str, job: str, model: Path, size: Size, checkout: Path) -> dict[str, Any]:
-    """Run one job here. The first call apart, for it compiles or warms up; later times are for one step."""
+    """Run one job in this process. The first call, which compiles or warms up, is timed separately; the later times are
+    for one step."""
     call = ours(job, model, size) if side == "ours" else official(job, model, size, checkout)
-    steps = size.walk if job in ("invert", "sample") else 1
+    steps = size.steps if job in ("invert", "sample") else 1
     first, computed = clock(call)
     later = [clock(call)[0] for _ in range(0 if job == "load" else size.repeat)]
     steady = {name: statistics.median(took[name] for took in later) / steps for name in first} if later else None
@@ -214,7 +223,7 @@ def clock(call: Job) -> tuple[dict[str, float], Any]:
 
 
 def write_sd14(model: Path) -> None:
-    """Stable Diffusion 1.4's shapes with fresh weights, the tiny model's words, and a UNet that is inflated already."""
+    """A pipeline of Stable Diffusion 1.4's shapes: random weights, the tiny model's tokenizer, an inflated UNet."""
     from flax import nnx
 
     from tav_jax import models
@@ -232,11 +241,11 @@ def write_sd14(model: Path) -> None:
     weights.save(weights.Components(shape, *networks, old_vae_names=True, fingerprint=""), model)
 
 
-# ------------------------------------------------------------------------------------------------- in the parent
+# ------------------------------------------------------------------------------------------------ the parent process
 
 
 def measure_all(arguments: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """All rounds; the sides take turns, every second round in the other order."""
+    """All rounds. The sides alternate; every second round is in reverse order."""
     sides = {"ours": sys.executable} | ({"official": arguments.official_python} if arguments.official else {})
     results = []
     for number, job in itertools.product(range(arguments.rounds), SIZES[arguments.size].jobs):
@@ -246,12 +255,12 @@ def measure_all(arguments: argparse.Namespace, model: Path) -> list[dict[str, An
                 print(json.dumps(results[-1]), file=sys.stderr, flush=True)
         computed = [result["computed"] for result in results if result["job"] == job]
         if max(computed) - min(computed) > 1e-3 * abs(max(computed)):
-            sys.exit(f"{job}: the two sides did not compute the same: {sorted(set(computed))}")
+            sys.exit(f"{job}: the two sides computed different numbers: {sorted(set(computed))}")
     return results
 
 
 def child(python: str, what: str, arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
-    # This parent imports nothing large: a process begins with its parent's peak for its own.
+    # The parent imports nothing large, because a child process starts with its parent's peak memory.
     command = [python, __file__, f"--measure={what}", f"--size={arguments.size}", f"--model={model}"]
     command += [f"--{name}={value}" for name in ("official", "cores") if (value := getattr(arguments, name))]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -265,7 +274,7 @@ def table(results: list[dict[str, Any]], size: Size, clock: str) -> str:
     """Markdown: median (smallest–largest) of the rounds, and the official side's median divided by ours."""
     lines = [f"| {clock} seconds | ours | official | official ÷ ours |", "|---|---|---|---|"]
     for job in dict.fromkeys(result["job"] for result in results):
-        steps = 1 if "tune" in job else size.walk
+        steps = 1 if "tune" in job else size.steps
         first = "" if job == "load" else f", first {steps} steps" if steps > 1 else ", first step"
         for key, what in (("first", f"{first}, s"), ("steady", ", a step, s"), ("peak", ", peak, GiB")):
             mine, theirs = (
@@ -288,17 +297,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, help="run both sides on this many, by default on all")
-    parser.add_argument("--official", type=Path, help="checkout of the official code; without it only ours is measured")
+    parser.add_argument("--cores", type=int, help="number of CPU cores for both sides (default: all)")
+    parser.add_argument(
+        "--official", type=Path, help="checkout of the official code; without it only this package is measured"
+    )
     parser.add_argument("--official-python", default=sys.executable, help="interpreter that can run it")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "tav_jax_benchmark")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a child is asked for: side:job, or write
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the job of a child process: side:job, or write
     parser.add_argument("--model", type=Path, default=SMALL, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.measure == "write":
         write_sd14(a.model)
     elif a.measure:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.cores])  # before any import that counts the cores
+        os.sched_setaffinity(
+            0, sorted(os.sched_getaffinity(0))[: a.cores]
+        )  # before any import that reads the number of cores
         print(json.dumps(measure(*a.measure.split(":"), a.model, SIZES[a.size], a.official)))
     else:
         model = a.model if a.size == "small" else a.cache / a.size

@@ -3,8 +3,8 @@
     tav train --config=configs/car_turn.py --workdir=runs/car-turn
 
 Cost: as configs/man_skiing.py. Not measured on a GPU or TPU.
-Result: four previews in runs/car-turn/previews/step_000500, in which a car turns as in the clip, in the place or style of
-the prompt. Not measured: no weights of Stable Diffusion were available.
+Result: four previews in runs/car-turn/previews/step_000500, in which a car turns as in the clip, in the place or style
+of the prompt. Not measured: no weights of Stable Diffusion were available.
 """
 
 from tav_jax.config import get_config as default

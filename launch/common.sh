@@ -1,5 +1,5 @@
-# shellcheck shell=bash disable=SC2034 # what is set here is used by the scripts that read this
-# What the scripts here share: their options, their checks, and `run`, which under --dry-run prints instead of doing.
+# shellcheck shell=bash disable=SC2034 # the variables are used by the scripts that source this file
+# Shared by the scripts here: options, checks, and `run`, which prints a command under --dry-run and executes it otherwise.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 NAME=tav ZONE="" TYPE="" PROJECT="" SPOT="" DRY_RUN="" REST=()
@@ -9,7 +9,7 @@ fail() {
   exit 2
 }
 
-# Options come first, in either form (--name=ski, --name ski). What follows `--` is the command for `tav`.
+# Options precede `--`, as --name=ski or --name ski. The words after `--` are the `tav` command.
 options() {
   while [ $# -gt 0 ]; do
     local option=$1 value=""
@@ -32,7 +32,7 @@ options() {
     esac
   done
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
-    fail "--name is '$NAME'; Google takes small letters, digits and dashes, beginning with a letter"
+    fail "--name is '$NAME'; use lower-case letters, digits and dashes, beginning with a letter"
 }
 
 more_options() { return 1; }
@@ -41,11 +41,11 @@ need_zone() {
   [ -n "$ZONE" ] || fail "--zone is missing; for example --zone=us-west4-a (gcloud compute tpus locations list)"
 }
 
-# Google's name of the type and its runtime, from the name that people use (v5e-8).
+# Google's accelerator type and runtime version from the short name (v5e-8).
 need_type() {
   local chips=${TYPE##*-} kind=${TYPE%-*}
   [ -n "$TYPE" ] || fail "--type is missing; one of v4-N, v5e-N, v5p-N, v6e-N, for example --type=v5e-8"
-  [[ $chips =~ ^[1-9][0-9]*$ ]] || fail "--type is '$TYPE'; it ends in a number, for example v5e-8"
+  [[ $chips =~ ^[1-9][0-9]*$ ]] || fail "--type is '$TYPE'; it must end in a number of chips, for example v5e-8"
   case $kind in
     v4) RUNTIME=tpu-ubuntu2204-base ACCELERATOR=v4-$chips ;;
     v5e | v5litepod) RUNTIME=v2-alpha-tpuv5-lite ACCELERATOR=v5litepod-$chips ;;
@@ -74,12 +74,12 @@ tpus() {
   run gcloud compute tpus "$area" "$verb" "$@" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"}
 }
 
-# Words as a line that a remote shell reads back as the same words.
+# The words as one line that a shell parses back to the same words.
 quoted() {
   printf '%q ' "$@"
 }
 
-# This checkout, packed so that pip can install it.
+# Write an archive of this checkout that pip can install.
 pack() {
   run git -C "$HERE/.." archive --format=tar.gz --prefix=tav_jax/ --output="$1" HEAD
 }

@@ -10,7 +10,7 @@ launch/create.sh --type=v5e-8 --zone=us-west4-a [--name=tav] [--spot] [--project
 
 Creates a TPU VM and installs this checkout on all of its workers.
   --type   v4-N, v5e-N, v5p-N or v6e-N
-  --spot   cheaper, and may be taken away; launch/queued.sh goes on by itself when it is
+  --spot   cheaper, and may be preempted; launch/queued.sh continues by itself after a preemption
 TEXT
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Delete a TPU VM, or a queued request with its VM. What a run has written to its bucket stays.
+# Delete a TPU VM, or a queued request with its VM. Files in the bucket remain.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a `tav` command on a TPU slice of a GKE cluster, with xpk. Preempted jobs are started again by the cluster.
+# Run a `tav` command on a TPU slice of a GKE cluster with xpk. The cluster restarts preempted jobs.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -10,7 +10,7 @@ launch/gke.sh --type=v5e-8 --zone=us-west4-a --cluster=NAME --image=REGION-docke
               [--name=tav] [--build=yes] [--restarts=100] [--project=ID] [--dry-run] -- train --config=… --workdir=gs://…
 
   --build      build launch/Dockerfile and push it to --image first
-  --restarts   how often the cluster may start the job again
+  --restarts   how often the cluster may restart the job
 TEXT
 }
 
@@ -29,7 +29,7 @@ options "$@"
 need_type
 need_zone
 [ -n "$CLUSTER" ] || fail "--cluster is missing; xpk cluster list --zone=$ZONE shows yours"
-[ -n "$IMAGE" ] || fail "--image is missing; where the image is, or is to be, for example us-docker.pkg.dev/project/images/tav_jax"
+[ -n "$IMAGE" ] || fail "--image is missing; give the name of the image in a registry, for example us-docker.pkg.dev/project/images/tav_jax"
 [[ $RESTARTS =~ ^[0-9]+$ ]] || fail "--restarts is '$RESTARTS'; give a number"
 [ ${#REST[@]} -gt 0 ] || fail "there is no command; give it after --, for example -- train --workdir=gs://bucket/run"
 if [ -z "$DRY_RUN" ]; then

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Ask for a TPU slice, run a `tav` command on it when it comes, and ask again whenever it is taken away.
+# Request a TPU slice, run a `tav` command on it when it is allocated, and request it again when it is preempted.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
 usage() {
   cat <<'TEXT'
-launch/queued.sh --type=v5e-8 --zone=us-west4-a --bucket=gs://bucket/place [--name=tav] [--spot] [--watch=60]
+launch/queued.sh --type=v5e-8 --zone=us-west4-a --bucket=gs://bucket/directory [--name=tav] [--spot] [--watch=60]
                  [--project=ID] [--dry-run] -- train --config=… --workdir=gs://…
 
-Google queues the request; when the slice is there, every worker installs this checkout and runs `tav …`. The command is
-the VM's startup script, so a VM that restarts goes on by itself. A slice that is taken away for good is asked for again
-by this script, which looks every --watch seconds until the run has finished (0: ask once and leave).
-  --bucket   where this checkout is put for the workers to fetch, and the mark that the run has finished
+Google queues the request. When the slice is allocated, every worker installs this checkout and runs `tav …`. The command
+is the VM's startup script, so a VM that restarts continues the run. If the slice is suspended or fails, this script
+requests it again. It checks every --watch seconds until the run has finished (0: request once and exit).
+  --bucket   directory in a bucket for the archive of this checkout and for the file that marks a finished run
 TEXT
 }
 
@@ -29,7 +29,7 @@ options "$@"
 need_type
 need_zone
 need_gcloud
-[[ $BUCKET == gs://* ]] || fail "--bucket is '$BUCKET'; give a place in a bucket, gs://…"
+[[ $BUCKET == gs://* ]] || fail "--bucket is '$BUCKET'; give a directory in a bucket, gs://…"
 [[ $WATCH =~ ^[0-9]+$ ]] || fail "--watch is '$WATCH'; give seconds, or 0"
 [ ${#REST[@]} -gt 0 ] || fail "there is no command; give it after --, for example -- train --workdir=gs://bucket/run"
 
@@ -37,14 +37,14 @@ SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 FINISHED=$BUCKET/$NAME.finished
 
-# The startup script carries its settings in front.
+# The startup script begins with its settings.
 {
   echo '#!/usr/bin/env bash'
   printf 'export TAV_SOURCE=%q TAV_COMMAND=%q TAV_FINISHED=%q\n' "$BUCKET/$NAME.tar.gz" "$(quoted "${REST[@]}")" "$FINISHED"
   tail -n +2 "$HERE/on_vm.sh"
 } >"$SCRATCH/startup.sh"
 
-ask() {
+request() {
   tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
     --runtime-version="$RUNTIME" ${SPOT:+--spot} --metadata-from-file=startup-script="$SCRATCH/startup.sh"
 }
@@ -55,8 +55,8 @@ state() {
 
 pack "$SCRATCH/tav_jax.tar.gz"
 run gcloud storage cp "$SCRATCH/tav_jax.tar.gz" "$BUCKET/$NAME.tar.gz"
-run gcloud storage rm --quiet "$FINISHED" 2>/dev/null || true # of an earlier run of this name
-ask
+run gcloud storage rm --quiet "$FINISHED" 2>/dev/null || true # from an earlier run of this name
+request
 if [ -n "$DRY_RUN" ] || [ "$WATCH" = 0 ]; then
   exit
 fi
@@ -69,9 +69,9 @@ while sleep "$WATCH"; do
   fi
   case $(state) in
     SUSPENDED | FAILED)
-      echo "The slice was taken away; asking again." >&2
+      echo "The slice was preempted; requesting it again." >&2
       tpus queued-resources delete "$NAME" --force --quiet
-      ask
+      request
       ;;
   esac
 done
