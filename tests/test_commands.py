@@ -336,3 +336,41 @@ def test_launch_commands_print_their_plan():
             arguments, settings = main.parser().parse_known_args(words[words.index("--") + 1 :])
             assert arguments.workdir.startswith("gs://")
             read_config(settings)
+
+
+def reliability_commands() -> list[list[str]]:
+    """The words of the commands in the tables of docs/RELIABILITY.md; `…` repeats the file of the row above."""
+    commands, file = [], ""
+    for code in re.findall(r"\| `([^`]+)`[^|`]*\|$", (ROOT / "docs/RELIABILITY.md").read_text(), re.MULTILINE):
+        words = shlex.split(code.replace("…", f"pytest {file}"))
+        if words[0] == "pytest":
+            file = words[1]
+        commands.append(words)
+    return commands
+
+
+def test_the_commands_of_the_reliability_tables_select_tests_and_scripts():
+    commands = reliability_commands()
+    files = {words[1] for words in commands if words[0] == "pytest"}
+    collected = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    tests = subprocess.run(collected, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for words in commands:
+        if words[0] == "pytest" and "-k" in words:
+            for term in words[words.index("-k") + 1].split(" or "):
+                assert [name for name in tests if name.startswith(words[1]) and term in name.split("::")[1]], words
+        elif words[0] == "python":
+            source = (ROOT / words[1]).read_text()
+            assert all(f'"{word.split("=")[0]}"' in source for word in words[2:] if word.startswith("--")), words
+
+
+def test_every_row_of_where_to_find_things_is_right():
+    """Paths exist, at most three hops from the root, and have the names."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("### Where to find things")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:4] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 9
+    for _, path, names in rows:
+        [file] = re.findall(r"`([^`]+)`", path)
+        assert file.count("/") <= 2
+        text = "".join((ROOT / name).read_text() for name in (file, *re.findall(r"`(tav_jax/[^`]+)`", names)))
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name.split(".")[-1] in text, (file, name)

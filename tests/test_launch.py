@@ -1,4 +1,4 @@
-"""The launch scripts, run for real against stand-ins for Google's tools that write down what they were asked."""
+"""The launch scripts, executed with stand-ins for gcloud, xpk, docker and uv that record their arguments."""
 
 import os
 import shutil
@@ -14,9 +14,9 @@ SCRIPTS = ("create.sh", "run.sh", "delete.sh", "queued.sh", "gke.sh")
 PLACE = ("--zone=us-west4-a", "--name=ski")
 
 STAND_IN = """#!/usr/bin/env bash
-# Writes its words down; $ANSWERS/<verb> is a script that answers.
-printf '%s\\0' "$(basename "$0")" "$@" >> "$ANSWERS/asked"
-printf '\\n' >> "$ANSWERS/asked"
+# Records its arguments, and runs the script $ANSWERS/<word> for each of them that has one.
+printf '%s\\0' "$(basename "$0")" "$@" >> "$ANSWERS/calls"
+printf '\\n' >> "$ANSWERS/calls"
 for word in "$@"; do
   if [ -f "$ANSWERS/$word" ]; then . "$ANSWERS/$word"; fi
 done
@@ -25,7 +25,7 @@ exit 0
 
 
 class Machine:
-    """A person's machine with stand-ins on its PATH."""
+    """Runs launch scripts with the stand-ins on the PATH."""
 
     def __init__(self, root: Path):
         self.root, self.bin = root, root / "bin"
@@ -44,8 +44,8 @@ class Machine:
         )
 
     @property
-    def asked(self) -> list[list[str]]:
-        file = self.root / "asked"
+    def calls(self) -> list[list[str]]:
+        file = self.root / "calls"
         if not file.exists():
             return []
         return [line.rstrip("\0").split("\0") for line in file.read_text().split("\0\n") if line]
@@ -66,10 +66,10 @@ def machine(tmp_path) -> Machine:
         ("v6e-4", "v6e-4", "v2-alpha-tpuv6e"),
     ],
 )
-def test_create_asks_for_the_type_and_installs_on_all_workers(machine, kind, accelerator, runtime):
+def test_create_requests_the_type_and_installs_on_all_workers(machine, kind, accelerator, runtime):
     done = machine("create.sh", f"--type={kind}", *PLACE, "--spot", "--project=mine")
     assert done.returncode == 0, done.stderr
-    create, copy, install = machine.asked
+    create, copy, install = machine.calls
     tail = ["--zone=us-west4-a", "--project=mine"]
     begin = ["gcloud", "compute", "tpus", "tpu-vm"]
     assert create == [
@@ -81,7 +81,7 @@ def test_create_asks_for_the_type_and_installs_on_all_workers(machine, kind, acc
     assert install == [*begin, "ssh", "ski", "--worker=all", "--command=bash on_vm.sh", *tail]
 
 
-def test_what_is_packed_is_a_whole_checkout(machine):
+def test_the_archive_contains_the_checkout(machine):
     machine.answer("scp", 'cp "$5" "$ANSWERS/packed.tar.gz"')
     assert machine("create.sh", "--type=v5e-8", *PLACE).returncode == 0
     with tarfile.open(machine.root / "packed.tar.gz") as packed:
@@ -89,30 +89,30 @@ def test_what_is_packed_is_a_whole_checkout(machine):
     assert {"tav_jax/pyproject.toml", "tav_jax/tav_jax/__init__.py", "tav_jax/configs/default.py"} <= set(names)
 
 
-def test_run_gives_every_worker_the_same_words_whatever_is_in_them(machine):
+def test_run_passes_arguments_with_special_characters_unchanged_to_every_worker(machine):
     words = ["train", "--workdir=gs://b/run", '--config.clip.prompt=it\'s "a man"; $HOME `x` is skiing, 100%', "--é=ü"]
     done = machine("run.sh", *PLACE, "--", *words)
     assert done.returncode == 0, done.stderr
-    [ssh] = machine.asked
+    [ssh] = machine.calls
     assert ssh[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "ski", "--worker=all"]
     command = ssh[7].removeprefix("--command=")
-    assert "nohup" in command  # it outlives the connection
-    # What the worker's shell makes of the line:
+    assert "nohup" in command  # continues when the connection breaks
+    # The worker's shell parses the line back to the same arguments.
     env = {"PATH": f"{machine.bin}:{os.environ['PATH']}", "HOME": str(machine.root), "ANSWERS": str(machine.root)}
     subprocess.run(["bash", "-c", command + " wait"], env=env, cwd=machine.root, check=True, timeout=30)
-    assert machine.asked[-1] == ["tav", *words]
+    assert machine.calls[-1] == ["tav", *words]
 
 
 def test_run_shows_logs(machine):
     for log, worker in (("follow", "0"), ("all", "all")):
         assert machine("run.sh", *PLACE, f"--log={log}").returncode == 0
-        assert f"--worker={worker}" in machine.asked[-1]
-        assert "tav.log" in machine.asked[-1][7]
+        assert f"--worker={worker}" in machine.calls[-1]
+        assert "tav.log" in machine.calls[-1][7]
 
 
-def test_delete_takes_the_machine_or_the_request(machine):
+def test_delete_removes_the_vm_or_the_queued_request(machine):
     assert machine("delete.sh", *PLACE).returncode == machine("delete.sh", *PLACE, "--queued=yes").returncode == 0
-    vm, request = machine.asked
+    vm, request = machine.calls
     assert vm[3:7] == ["tpu-vm", "delete", "ski", "--quiet"]
     assert request[3:8] == ["queued-resources", "delete", "ski", "--force", "--quiet"]
 
@@ -120,11 +120,11 @@ def test_delete_takes_the_machine_or_the_request(machine):
 QUEUED = ("--type=v5e-8", *PLACE, "--bucket=gs://b/place/")
 
 
-def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_has_finished(machine):
-    # Looked at four times: running, taken away, running, finished.
-    looks = '$(cat "$ANSWERS"/look* 2>/dev/null | wc -l)'
-    machine.answer("describe", f'echo x >> "$ANSWERS/looks"; [ {looks} = 2 ] && echo SUSPENDED || echo ACTIVE')
-    machine.answer("ls", f"[ {looks} -ge 3 ] || exit 1")
+def test_queued_requests_a_preempted_slice_again_until_the_run_has_finished(machine):
+    # The state is checked four times: running, preempted, running, finished.
+    checks = '$(cat "$ANSWERS"/check* 2>/dev/null | wc -l)'
+    machine.answer("describe", f'echo x >> "$ANSWERS/checks"; [ {checks} = 2 ] && echo SUSPENDED || echo ACTIVE')
+    machine.answer("ls", f"[ {checks} -ge 3 ] || exit 1")
     machine.answer(
         "create",
         'for w in "$@"; do case $w in --metadata-from-file=*) cp "${w#*script=}" "$ANSWERS/startup";; esac; done',
@@ -132,54 +132,56 @@ def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_has_finishe
     words = ["train", "--config.clip.prompt=a man is skiing", "--workdir=gs://b/run"]
     done = machine("queued.sh", *QUEUED, "--spot", "--watch=1", "--", *words)
     assert done.returncode == 0, done.stderr
-    assert "asking again" in done.stderr
+    assert "requesting it again" in done.stderr
     assert "has finished" in done.stderr
-    verbs = [asked[4] for asked in machine.asked if asked[3] == "queued-resources"]
+    verbs = [call[4] for call in machine.calls if call[3] == "queued-resources"]
     assert verbs == ["create", "describe", "describe", "delete", "create", "describe", "delete"]
-    create = next(asked for asked in machine.asked if "create" in asked)
+    create = next(call for call in machine.calls if "create" in call)
     assert create[5:10] == [
         "ski", "--node-id=ski", "--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"
     ]  # fmt: skip
-    copies = [asked for asked in machine.asked if asked[:3] == ["gcloud", "storage", "cp"]]
+    copies = [call for call in machine.calls if call[:3] == ["gcloud", "storage", "cp"]]
     assert [copy[-1] for copy in copies] == ["gs://b/place/ski.tar.gz"]
 
-    # The startup script is one that a worker can run: it fetches, installs, runs those very words, and leaves the mark.
-    (machine.root / "asked").unlink()
+    # A worker can run the startup script: it fetches, installs, runs the command, and writes the finished mark.
+    (machine.root / "calls").unlink()
     machine.answer("cp", ': > "$HOME/tav_jax.tar.gz"')
     machine.answer("venv", 'mkdir -p "${@: -1}/bin"; ln -sf "$(command -v tav)" "${@: -1}/bin/python"')
-    (machine.bin / "date").write_text("#!/bin/sh\nsleep 0.3; echo now\n")  # slower than a gcloud that reads nothing
+    (machine.bin / "date").write_text(
+        "#!/bin/sh\nsleep 0.3; echo now\n"
+    )  # slower than a gcloud that does not read its input
     (machine.bin / "date").chmod(0o755)
     done = machine(machine.root / "startup")
     assert done.returncode == 0, done.stderr
-    told = machine.asked
-    assert told[0] == ["gcloud", "storage", "cp", "gs://b/place/ski.tar.gz", f"{machine.root}/tav_jax.tar.gz"]
-    assert told[1][:4] == ["uv", "venv", "--python", "3.12"]
-    assert told[2][:3] == ["uv", "pip", "install"]
-    assert told[2][-1] == f"tav_jax[tpu] @ file://{machine.root}/tav_jax.tar.gz"
-    assert told[3] == ["tav", *words]
-    assert told[4] == ["gcloud", "storage", "cp", "-", "gs://b/place/ski.finished"]
+    calls = machine.calls
+    assert calls[0] == ["gcloud", "storage", "cp", "gs://b/place/ski.tar.gz", f"{machine.root}/tav_jax.tar.gz"]
+    assert calls[1][:4] == ["uv", "venv", "--python", "3.12"]
+    assert calls[2][:3] == ["uv", "pip", "install"]
+    assert calls[2][-1] == f"tav_jax[tpu] @ file://{machine.root}/tav_jax.tar.gz"
+    assert calls[3] == ["tav", *words]
+    assert calls[4] == ["gcloud", "storage", "cp", "-", "gs://b/place/ski.finished"]
 
 
-def test_a_run_that_fails_leaves_no_mark(machine):
+def test_a_failed_run_writes_no_finished_mark(machine):
     machine.answer("venv", 'mkdir -p "${@: -1}/bin"; ln -sf "$(command -v tav)" "${@: -1}/bin/python"')
     machine.answer("train", "exit 3")
     done = machine("on_vm.sh", TAV_SOURCE="tav_jax[tpu]", TAV_COMMAND="train", TAV_FINISHED="gs://b/mark")
     assert done.returncode == 3
-    assert machine.asked[-1] == ["tav", "train"]
-    assert machine.asked[1][-1] == "tav_jax[tpu]"
+    assert machine.calls[-1] == ["tav", "train"]
+    assert machine.calls[1][-1] == "tav_jax[tpu]"
 
 
-def test_gke_builds_pushes_and_hands_the_job_to_xpk(machine):
+def test_gke_builds_and_pushes_the_image_and_creates_an_xpk_workload(machine):
     words = ["train", "--config.clip.prompt=a man is skiing", "--workdir=gs://b/run"]
     done = machine("gke.sh", "--type=v6e-8", *PLACE, "--cluster=c", "--image=i/t", "--build=yes", "--", *words)
     assert done.returncode == 0, done.stderr
-    build, push, job = machine.asked
+    build, push, job = machine.calls
     assert build[:5] == ["docker", "build", "--tag", "i/t", "--file"]
     assert push == ["docker", "push", "i/t"]
     assert job[:3] == ["xpk", "workload", "create"]
-    told = dict(word.removeprefix("--").split("=", 1) for word in job[3:])
-    assert told.pop("command").strip() == r"tav train --config.clip.prompt=a\ man\ is\ skiing --workdir=gs://b/run"
-    assert told == {
+    options = dict(word.removeprefix("--").split("=", 1) for word in job[3:])
+    assert options.pop("command").strip() == r"tav train --config.clip.prompt=a\ man\ is\ skiing --workdir=gs://b/run"
+    assert options == {
         "cluster": "c", "workload": "ski", "tpu-type": "v6e-8", "num-slices": "1", "docker-image": "i/t",
         "max-restarts": "100", "zone": "us-west4-a",
     }  # fmt: skip
@@ -195,11 +197,11 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_dry_run_prints_what_a_run_would_do_and_does_nothing(machine, script):
+def test_a_dry_run_prints_the_commands_and_runs_none(machine, script):
     first, *rest = COMMANDS[script]
     dry = machine(script, "--dry-run", first, *rest)
     assert dry.returncode == 0, dry.stderr
-    assert not machine.asked
+    assert not machine.calls
     printed = dry.stdout.splitlines()
     assert printed
     assert all(line.split()[0] in ("gcloud", "git", "docker", "xpk") for line in printed)
@@ -207,10 +209,10 @@ def test_a_dry_run_prints_what_a_run_would_do_and_does_nothing(machine, script):
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "told"),
+    ("script", "words", "message"),
     [
         ("create.sh", ["--type=v9-8", *PLACE], "--type is 'v9-8'; one of v4-N, v5e-N, v5p-N, v6e-N"),
-        ("create.sh", ["--type=v5e-many", *PLACE], "ends in a number"),
+        ("create.sh", ["--type=v5e-many", *PLACE], "must end in a number of chips"),
         ("create.sh", [*PLACE], "--type is missing"),
         ("create.sh", ["--type=v5e-8"], "--zone is missing"),
         ("create.sh", ["--type=v5e-8", "--zone=z", "--name=My TPU"], "--name is 'My TPU'"),
@@ -219,7 +221,7 @@ def test_a_dry_run_prints_what_a_run_would_do_and_does_nothing(machine, script):
         ("create.sh", ["--type"], "--type needs a value"),
         ("run.sh", [*PLACE], "there is no command"),
         ("run.sh", [*PLACE, "--", "train", "--workdir=runs/ski"], "needs a bucket"),
-        ("run.sh", [*PLACE, "--log=some"], "--log is 'some'"),
+        ("run.sh", [*PLACE, "--log=some"], "--log is 'some'; it must be follow or all"),
         ("queued.sh", ["--type=v5e-8", *PLACE, "--bucket=here", "--", "train"], "--bucket is 'here'"),
         ("queued.sh", [*QUEUED, "--watch=often", "--", "train"], "--watch is 'often'"),
         ("queued.sh", [*QUEUED], "there is no command"),
@@ -227,15 +229,15 @@ def test_a_dry_run_prints_what_a_run_would_do_and_does_nothing(machine, script):
         ("gke.sh", ["--type=v5e-8", *PLACE, "--cluster=c", "--", "train"], "--image is missing"),
     ],
 )
-def test_a_wrong_line_is_told_in_one_sentence_before_anything_is_asked(machine, script, words, told):
+def test_wrong_arguments_are_refused_in_one_sentence_before_any_call(machine, script, words, message):
     done = machine(script, *words)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not machine.asked
+    assert not machine.calls
 
 
-def test_a_machine_without_gcloud_is_told_where_to_get_it(machine):
+def test_a_missing_gcloud_is_reported_with_its_address(machine):
     (machine.bin / "gcloud").unlink()
     for tool in ("bash", "basename", "dirname"):
         (machine.bin / tool).symlink_to(shutil.which(tool))
@@ -244,7 +246,7 @@ def test_a_machine_without_gcloud_is_told_where_to_get_it(machine):
     assert "gcloud is not installed" in done.stderr
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
