@@ -243,19 +243,33 @@ def test_an_unknown_hub_id_is_refused_in_one_sentence(run):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.slow
-def test_train_edit_and_export_run_in_the_documented_order(downloaded, run):
-    written = []
-    for words in COMMANDS:
-        if words[:2] == ["tav", "train"]:
-            words = [*words, "--config.model.path=sd14", *TINY_OPTIONS]
-        elif words[0] != "tav" or words[1] not in ("edit", "export"):
-            continue
-        done = run(*words)
+@pytest.fixture(scope="module")
+def trained(downloaded, run) -> list[str]:
+    """The documented `tav train`, `tav edit` and `tav export` commands, after they have run in order."""
+    commands = [words for words in commands_of("tav") if words[1] in ("train", "edit", "export")]
+    for words in commands:
+        done = run(*words, *(TINY_OPTIONS if words[1] == "train" else ()))
         assert done.returncode == 0, (words, done.stderr)
-        written.append(words[1])
-    assert {"train", "edit", "export"} <= set(written)
-    assert list((run.place / "runs").glob("*/edits/*.mp4"))
+    return [words[1] for words in commands]
+
+
+@pytest.mark.slow
+def test_train_edit_and_export_run_in_the_documented_order(trained, run):
+    assert trained == ["train", "edit", "export"]
+    assert len(list((run.place / "runs/ski/edits").glob("*.mp4"))) == 3  # two prompts, and one video of both
+    assert (run.place / "ski/unet/diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(trained, run):
+    [code] = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for documented, tiny in {"frames=24, size=(512, 512)": "frames=3, size=(32, 32)", "steps=500": "steps=2"}.items():
+        assert documented in code
+        code = code.replace(documented, tiny)
+    done = run("python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert (run.place / "spider-man.mp4").is_file()
+    assert (run.place / "tuned/model_index.json").is_file()
 
 
 @pytest.mark.slow
@@ -353,7 +367,9 @@ def test_the_commands_of_the_reliability_tables_select_tests_and_scripts():
     commands = reliability_commands()
     files = {words[1] for words in commands if words[0] == "pytest"}
     collected = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
-    tests = subprocess.run(collected, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    done = subprocess.run(collected, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
     for words in commands:
         if words[0] == "pytest" and "-k" in words:
             for term in words[words.index("-k") + 1].split(" or "):
