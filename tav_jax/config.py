@@ -6,9 +6,10 @@ checked as a whole, before anything is loaded.
 
 import difflib
 import json
-import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from tav_jax.errors import InputError, is_utf8, join_names, short_repr
 
@@ -130,7 +131,8 @@ RANGES = {
 def check_choice(setting: str, value: Any) -> None:
     """Refuse a value that is not among the setting's CHOICES. Named in the error as in Python, without its section."""
     if value not in CHOICES[setting]:
-        raise InputError(f"{setting.split('.')[1]} is {short_repr(value)}; it must be one of {', '.join(CHOICES[setting])}")
+        name, choices = setting.split(".")[1], ", ".join(CHOICES[setting])
+        raise InputError(f"{name} is {short_repr(value)}; it must be one of {choices}")
 
 
 def remat_name(remat: str | bool) -> str:
@@ -149,7 +151,7 @@ def check_size(height: Any, width: Any, factor: int | None = None, *, most: int 
 
 
 def _side_problem(name: str, value: Any, factor: int | None, most: int = MAX_SIDE) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         return f"{name} is {short_repr(value)}; it must be a whole number, a multiple of {factor or 8}"
     step = factor or 8
     if value > most:

@@ -316,13 +316,13 @@ class TuneAVideo:
             if unprompted:  # once for all prompts that share their start
                 empty = Conditioning(self.encode_text([""] * len(latents)))
                 latents, before = self._denoise(
-                    "sampling", latents, empty, table.slice(0, unprompted), report=report, **options
+                    "sampling", latents, empty, table.restart(0, unprompted), report=report, **options
                 )
             latents, trajectory = self._denoise(
                 "sampling",
                 _repeat_to(len(prompts), latents, axis=0),  # [P, F, h, w, 4]
                 prompted,
-                table.slice(unprompted, steps),
+                table.restart(unprompted, steps),
                 guidance=scale,
                 report=report and (lambda done: report(unprompted + done)),
                 **options,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import av
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import refusal
@@ -22,10 +21,8 @@ from flax import nnx
 from fuzz import fuzz
 from PIL import Image
 
-from tav_jax.diffusion import programs
 from tav_jax.diffusion.schedule import NoiseSchedule
-from tav_jax.distributed import memory
-from tav_jax.errors import InputError, OutOfMemoryError, WeightsError
+from tav_jax.errors import InputError, WeightsError
 from tav_jax.io import decoding, video
 from tav_jax.io.video import Clip, load_video
 from tav_jax.training import train_step
@@ -261,104 +258,3 @@ def test_on_a_full_disk_earlier_checkpoints_stay_valid(sd1, small_disk):
     found = again.restore(train_step.TrainState.create(trained)).params
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state.params), strict=True):
         assert np.array_equal(ours, theirs)
-
-
-# ------------------------------------------------------------------------------------------------- too little memory
-
-CLIP = Clip(np.zeros((24, 64, 64, 3), np.uint8), 8.0)
-
-
-def test_what_cannot_fit_is_refused_with_what_would(sd1, monkeypatch):
-    """The offers are tried: each fits, and the next larger one does not."""
-    tav = sd1.tav
-    latents = jnp.zeros((1, 24, 16, 16, 4))
-    work = tav.work("tuning on", latents, trained=10_000)
-    whole = work.count(work.shape, 1)
-    for share in (0.99, 0.7, 0.4):
-        room = int(whole * share)
-        monkeypatch.setenv(memory.OVERRIDE, str(room / 2**30))
-        said = refusal(OutOfMemoryError, memory.check, work)
-        assert said.startswith("tuning on 24 frames of 64×64 takes ")
-        assert memory.OVERRIDE in said
-        frames = int(said.split("use ")[1].split(" frame")[0])
-        assert work.count(memory.Shape(frames, 64, 64), 1) <= room < work.count(memory.Shape(frames + 1, 64, 64), 1)
-        side = int(said.split(" or ")[1 + ("more on" in said)].split("×")[0])
-        assert side % 4 == 0
-        assert work.count(memory.Shape(24, side, side), 1) <= room < work.count(memory.Shape(24, side + 4, side + 4), 1)
-        devices = int(said.split(" devices")[0].split()[-1])
-        assert work.count(work.shape, devices) <= room < work.count(work.shape, devices - 1)
-    monkeypatch.setenv(memory.OVERRIDE, str((whole + 1000) / 2**30))
-    memory.check(work)
-
-
-def test_every_job_is_checked_before_it_begins(sd1, monkeypatch):
-    tav, latents = sd1.tav, jnp.zeros((1, 24, 16, 16, 4))
-    text = tav.encode_text("")
-    jobs = {
-        "tuning on": lambda: tav.tuning((latents, latents), text),
-        "inverting": lambda: tav.invert(latents, steps=2),
-        "sampling": lambda: tav.sample("x", latents=latents, steps=2),
-        "encoding": lambda: tav.posterior(CLIP),
-        "decoding": lambda: tav.decode_video(latents),
-    }
-    monkeypatch.setenv(memory.OVERRIDE, "0.0001")
-    monkeypatch.setattr(tav, "encode_text", lambda _: text)
-    for doing, job in jobs.items():
-        assert refusal(OutOfMemoryError, job).startswith(f"{doing} 24 frames of 64×64 takes")
-    assert "the weights of " in refusal(OutOfMemoryError, sd1.load)
-
-
-def test_without_remat_remat_is_offered(sd1, monkeypatch):
-    latents = jnp.zeros((1, 24, 16, 16, 4))
-    plain = sd1.tav.work("tuning on", latents, trained=10_000, remat=False)
-    thrifty = sd1.tav.work("tuning on", latents, trained=10_000)
-    room = thrifty.count(thrifty.shape, 1)
-    assert room < plain.count(plain.shape, 1)
-    monkeypatch.setenv(memory.OVERRIDE, str((room + 1000) / 2**30))
-    assert 'remat="block"' in refusal(OutOfMemoryError, memory.check, plain)
-
-
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()])
-def test_memory_that_runs_out_all_the_same_is_one_sentence(sd1, monkeypatch, error):
-    def full(*_, **__):
-        raise error
-
-    for name in ("denoise_loop", "decode_frames", "encode_frames"):
-        monkeypatch.setattr(programs, name, full)
-    monkeypatch.setattr(train_step, "tune_step", full)
-    tav, latents = sd1.tav, jnp.zeros((1, 24, 16, 16, 4))
-    learner, advance = tav.tuning((latents, latents), tav.encode_text(""))
-    jobs = {
-        "tuning on": lambda: advance(learner, 0),
-        "inverting": lambda: tav.invert(latents, steps=2),
-        "sampling": lambda: tav.sample("x", latents=latents, steps=2),
-        "encoding": lambda: tav.posterior(CLIP),
-        "decoding": lambda: tav.decode_video(latents),
-    }
-    for doing, job in jobs.items():
-        said = refusal(OutOfMemoryError, job)
-        assert said.startswith(f"memory ran out while {doing} 24 frames of 64×64 on this cpu; use ")
-
-
-def test_other_errors_of_the_device_pass_through(sd1, monkeypatch):
-    def broken(*_, **__):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-
-    monkeypatch.setattr(programs, "denoise_loop", broken)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        sd1.tav.invert(np.zeros((1, 2, 8, 8, 4), np.float32), steps=2)
-
-
-@pytest.mark.parametrize("told", ["much", "0", "-3", "nan", "inf"])
-def test_a_size_of_memory_that_is_none(monkeypatch, told):
-    monkeypatch.setenv(memory.OVERRIDE, told)
-    assert memory.OVERRIDE in refusal(InputError, memory.capacity)
-
-
-def test_a_containers_limit_counts(tmp_path, monkeypatch):
-    monkeypatch.delenv(memory.OVERRIDE, raising=False)
-    (tmp_path / "memory.max").write_text(f"{64 << 20}\n")
-    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "memory.max", tmp_path / "nowhere"))
-    assert memory.capacity() == (64 << 20) // jax.local_device_count()
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.capacity() > 64 << 20

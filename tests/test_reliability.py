@@ -453,7 +453,9 @@ def test_values_that_are_not_finite_are_not_saved(settings, tmp_path, monkeypatc
 @pytest.mark.parametrize(("part", "tensor"), [("vae", "quant_conv.bias"), ("unet", "conv_in.bias")])
 def test_damaged_model_is_refused_before_anything_is_written(settings, tmp_path, part, tensor):
     model = model_with_nan(tmp_path / "model", f"{part}/diffusion_pytorch_model.safetensors", tensor)
-    with pytest.raises(WeightsError, match=tensor.replace(".", r"\.") + " has values that are NaN, infinite or too large"):
+    with pytest.raises(
+        WeightsError, match=tensor.replace(".", r"\.") + " has values that are NaN, infinite or too large"
+    ):
         train(tmp_path / "run", settings(model__path=model))
     assert not (tmp_path / "run").exists()
 

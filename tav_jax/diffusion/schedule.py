@@ -41,7 +41,12 @@ class Steps(NamedTuple):
         return cls(timestep, alpha, next_alpha, step, step[::-1].copy())
 
     def slice(self, begin: int, end: int) -> "Steps":
+        """A chunk of the loop: `step` and `remaining` go on counting."""
         return Steps(*(column[begin:end] for column in self))
+
+    def restart(self, begin: int, end: int) -> "Steps":
+        """The same steps as a loop of its own, with a fresh sampler state: counted from 0."""
+        return Steps.of(*(column[begin:end] for column in self[:3]))
 
 
 def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
