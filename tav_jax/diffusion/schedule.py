@@ -36,7 +36,7 @@ class Steps(NamedTuple):
     remaining: Int[Values, "*N"]
 
     @classmethod
-    def of(cls, timestep: np.ndarray, alpha: np.ndarray, next_alpha: np.ndarray) -> "Steps":
+    def of(cls, timestep: Values, alpha: Values, next_alpha: Values) -> "Steps":
         step = np.arange(len(timestep), dtype=np.int32)
         return cls(timestep, alpha, next_alpha, step, step[::-1].copy())
 
