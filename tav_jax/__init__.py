@@ -12,15 +12,10 @@ if TYPE_CHECKING:
     from tav_jax.pipeline import TuneAVideo
 
 _MODULES = {
-    "Clip": "io.video",
-    "Edit": "io.video",
-    "InputError": "errors",
-    "MissingError": "errors",
+    **dict.fromkeys(("InputError", "MissingError", "TavError", "WeightsError"), "errors"),
+    **dict.fromkeys(("Clip", "Edit", "load_video"), "io.video"),
     "PromptCut": "io.tokenizer",
-    "TavError": "errors",
     "TuneAVideo": "pipeline",
-    "WeightsError": "errors",
-    "load_video": "io.video",
 }
 __all__ = [
     "Clip",

@@ -1,7 +1,7 @@
-"""Every setting of a run: default, type, range and check. The one place for names and limits that other modules share.
+"""Every setting of a run: default, type, range and check. Names and limits that several modules use are defined here.
 
-A config file in `configs/` has a `get_config()` that starts from the one here and changes what it needs. A config is
-checked as a whole, before anything is loaded.
+A config file in `configs/` defines a `get_config()` that modifies the one here. A whole config is checked before
+anything is loaded.
 """
 
 import difflib
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 SpatialAttention = Literal["sparse-causal", "first-frame", "per-frame"]
 Kernel = Literal["plain", "fused", "splash", "cudnn", "interpret"]
-Remat = Literal["none", "products", "attention", "block", "level"]  # from most memory to least
+Remat = Literal["none", "products", "attention", "block", "level"]  # from most to least memory
 
 TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
 UNET_PARTS = ("down", "mid", "up")
 DTYPES = ("bfloat16", "float16", "float32")
-SAMPLERS = {"ddim": "tav_jax.diffusion.samplers.DDIM"}  # name → class, imported when it is used
+SAMPLERS = {"ddim": "tav_jax.diffusion.samplers.DDIM"}  # name → class, imported on use
 
 MAX_SIDE = 8192  # pixels
-MAX_TEXT, MAX_LIST, MAX_PROBLEMS = 100_000, 10_000, 20  # characters of a text, items of a list, complaints in one error
+MAX_TEXT, MAX_LIST, MAX_PROBLEMS = 100_000, 10_000, 20  # characters of a string, items of a list, problems in one error
 
 
 def get_config() -> "ConfigDict":
@@ -61,8 +61,8 @@ def get_config() -> "ConfigDict":
                 "trainable": TRAINABLE,
                 "remat": "block",  # what is kept for the backward pass, see models/remat.py
                 "checkpoint_every": 100,  # 0: only at the end
-                "keep_newest": 2,
-                "keep_every": 0,  # keep every such step for good; 0: none
+                "keep_newest": 2,  # checkpoints
+                "keep_every": 0,  # also keep the checkpoints of steps that are multiples of this; 0: none
                 "preview_every": 100,  # sample the edit prompts from the inverted clip; 0: never
             },
             "edit": {
@@ -81,8 +81,8 @@ def get_config() -> "ConfigDict":
                 "profile_steps": 3,
             },
             "mesh": {
-                "data": 0,  # devices over prompts and guidance rows; 0: chosen to use all devices
-                "frames": 0,  # devices over the clip's frames; 0: chosen to use all devices
+                "data": 0,  # devices that prompts and guidance rows are sharded over; 0: chosen to use all devices
+                "frames": 0,  # devices that the clip's frames are sharded over; 0: chosen to use all devices
                 "fsdp": False,  # shard trained weights and optimizer state over all devices
             },
             "seed": 33,
@@ -90,7 +90,7 @@ def get_config() -> "ConfigDict":
     )
 
 
-# What may differ when a run continues. Any other difference makes it another run.
+# What may differ when a run continues. With any other difference it is another run.
 MAY_CHANGE = ("train.steps", "train.preview_every", "train.remat", "edit.", "log.", "mesh.", "model.kernel")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -101,7 +101,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.remat": get_args(Remat),
     "edit.sampler": tuple(SAMPLERS),
 }
-# name → least, most
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", tuple: "a list of strings"}
+# name → (minimum, maximum)
 RANGES = {
     "clip.frames": (0, 10_000),
     "clip.start": (0, 10_000_000),
@@ -129,7 +130,7 @@ RANGES = {
 
 
 def check_choice(setting: str, value: Any) -> None:
-    """Refuse a value that is not among the setting's CHOICES. Named in the error as in Python, without its section."""
+    """Refuse a value that is not one of CHOICES[setting]. The error names the Python parameter: no section."""
     if value not in CHOICES[setting]:
         name, choices = setting.split(".")[1], ", ".join(CHOICES[setting])
         raise InputError(f"{name} is {short_repr(value)}; it must be one of {choices}")
@@ -143,22 +144,22 @@ def remat_name(remat: str | bool) -> str:
 
 
 def check_size(height: Any, width: Any, factor: int | None = None, *, most: int = MAX_SIDE, prefix: str = "") -> None:
-    """Refuse sides that are not multiples of the VAE's down-sampling factor. Before a model is known (None), only
-    what no Stable Diffusion VAE takes is refused: their factors are 8, and 4 in small ones."""
+    """Refuse sides that are not multiples of the VAE's down-sampling factor. With None, before a model is known, accept
+    multiples of 4, the factor of the smallest VAEs; Stable Diffusion's is 8."""
     for name, value in ((f"{prefix}height", height), (f"{prefix}width", width)):
         if problem := _side_problem(name, value, factor, most):
             raise InputError(problem)
 
 
 def _side_problem(name: str, value: Any, factor: int | None, most: int = MAX_SIDE) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        return f"{name} is {short_repr(value)}; it must be a whole number, a multiple of {factor or 8}"
     step = factor or 8
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return f"{name} is {short_repr(value)}; it must be a whole number, a multiple of {step}"
     if value > most:
         return f"{name} is {short_repr(value)}; it must be a multiple of {step}, at most {most}"
     if value < (factor or 4) or value % (factor or 4):
         below = max(value, 0) // step * step
-        fix = f"{below} or {below + step}" if below else f"{step}"
+        fix = f"{below} or {below + step}" if below else step
         note = "" if factor else " (of 4 for a VAE with fewer levels than Stable Diffusion's)"
         return f"{name} {short_repr(value)} is not a multiple of {step}{note}; use {fix}"
     return None
@@ -177,7 +178,7 @@ def check_edit_steps(edit: Any) -> None:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("train.steps", 500), …"""
+    """Every setting with its full name: ("train.steps", 500), …"""
     for name, value in config.items():
         if _is_table(value):
             yield from leaves(value, f"{prefix}{name}.")
@@ -189,17 +190,15 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) or (hasattr(value, "items") and hasattr(value, "to_dict"))
 
 
-def unknown(names: Iterable[str]) -> list[str]:
-    """A complaint about every name that is not a setting, with the nearest setting."""
+def unknown_settings(names: Iterable[str]) -> list[str]:
+    """A message for every name that is not a setting, with the most similar setting."""
     known = dict(leaves(get_config()))
-    complaints = []
-    for name in names:
+    messages = []
+    for name in map(str, names):
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.5)
-            complaints.append(
-                f"{join_names([str(name)])} is not a setting{f', did you mean {near[0]}' if near else ''}"
-            )
-    return complaints
+            near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
+            messages.append(f"{join_names([name])} is not a setting{f', did you mean {near[0]}' if near else ''}")
+    return messages
 
 
 def validate(config: Any) -> "ConfigDict":
@@ -211,14 +210,15 @@ def validate(config: Any) -> "ConfigDict":
         given = list(leaves(config))
     except (RecursionError, TypeError, KeyError, ValueError) as error:  # dangling or circular references
         raise InputError(f"the config cannot be read ({short_repr(str(error))}); start from get_config()") from error
-    problems, values = unknown(name for name, _ in given), {}
+    problems, values = unknown_settings(name for name, _ in given), {}
     for name, value in given:
         if name not in known:
             continue
         if name == "train.remat":
             value = {"true": "block", "false": "none"}.get(str(value).lower(), value)  # a bool in early versions
         if (converted := _as_type(value, known[name])) is None:
-            problems.append(f"{name} is {short_repr(value)}, expected {_kind(known[name])} such as {known[name]!r}")
+            kind = TYPES[type(known[name])]
+            problems.append(f"{name} is {short_repr(value)}, expected {kind} such as {known[name]!r}")
         else:
             values[name] = converted
     for name, value in values.items():
@@ -229,11 +229,6 @@ def validate(config: Any) -> "ConfigDict":
     full = get_config()
     full.update_from_flattened_dict({**known, **values})
     return full
-
-
-def _kind(default: Any) -> str:
-    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
-    return kinds[type(default)]
 
 
 def _as_type(value: Any, default: Any) -> Any:
@@ -251,7 +246,7 @@ def _text_problems(name: str, value: Any) -> Iterator[str]:
     for text in texts:
         # A file name may be any bytes but NUL; a prompt must be valid text.
         if "\0" in text or (not name.endswith(".path") and not is_utf8(text)):
-            yield f"{name} is {short_repr(text)}; it must be a text, without NUL and in UTF-8"
+            yield f"{name} is {short_repr(text)}; it must be valid UTF-8 without NUL"
         elif len(text) > MAX_TEXT:
             yield f"{name} has {len(text)} characters; it must have at most {MAX_TEXT}"
     if len(texts) > MAX_LIST:
@@ -265,9 +260,9 @@ def _problems(name: str, value: Any) -> Iterator[str]:
     if name in ("clip.height", "clip.width") and (problem := _side_problem(name, value, None)):
         yield problem
     if name in RANGES:
-        least, most = RANGES[name]
-        if not least <= value <= most:
-            yield f"{name} is {short_repr(value)}; it must be {least} to {most}"
+        minimum, maximum = RANGES[name]
+        if not minimum <= value <= maximum:
+            yield f"{name} is {short_repr(value)}; it must be {minimum} to {maximum}"
     if name == "train.max_grad_norm" and not value > 0:
         yield f"{name} is {value!r}; it must be above 0"
     if name == "train.trainable" and not set(value) - set(UNET_PARTS):
@@ -282,16 +277,13 @@ def from_json(text: str) -> "ConfigDict":
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"the config is not readable JSON ({short_repr(str(error))}); restore it from a copy"
-        ) from error
-    if not isinstance(table, dict):
-        raise InputError(f"the config is {short_repr(table)}, expected a table of settings; restore it from a copy")
+        problem = short_repr(str(error))
+        raise InputError(f"the config is not readable JSON ({problem}); restore it from a copy") from error
     return validate(table)
 
 
 def differences(before: Any, now: Any) -> list[str]:
-    """The settings that keep `now` from continuing a run that was started with `before`."""
+    """The differences that prevent a run started with `before` from being continued with `now`."""
     old = dict(leaves(before))
     return [
         f"{name} was {old[name]!r} and is {value!r}"

@@ -1,6 +1,6 @@
-"""Errors that a user can fix. Each is one sentence with the value, the limit and the fix.
+"""Errors that a user can fix. Each message is one sentence with the value, the limit and the fix.
 
-The command line prints the sentence and exits with `exit_code`; in Python they are typed exceptions.
+The command line prints the message and exits with `exit_code`.
 """
 
 import reprlib
@@ -13,18 +13,18 @@ _REPR.maxstring = _REPR.maxother = 120
 
 
 def short_repr(value: Any) -> str:
-    """The repr of an untrusted value, on one line and cut to a length that fits a sentence."""
+    """The repr of an untrusted value, on one line and truncated to fit into a message."""
     return _REPR.repr(value)[:240]
 
 
-def join_names(names: Sequence[str], most: int = 12) -> str:
-    """Names separated by commas, on one line: the first dozen, and how many more there are."""
-    shown = [name[:120] if name[:120].isprintable() else short_repr(name) for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+def join_names(names: Sequence[str]) -> str:
+    """The first twelve names on one line, separated by commas, and how many more there are."""
+    shown = [name[:120] if name[:120].isprintable() else short_repr(name) for name in names[:12]]
+    return ", ".join(shown) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def is_utf8(text: str) -> bool:
-    """Whether the text can be encoded: arguments and file names may hold surrogates for other bytes."""
+    """Whether a text can be encoded as UTF-8. Arguments and file names may contain surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -54,7 +54,7 @@ class NotFiniteError(TavError, ArithmeticError):
 
 
 class StoppedError(TavError):
-    """A run that was asked to stop and has saved its state; the same command continues it."""
+    """A run that was interrupted and has saved its state; the same command continues it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -64,7 +64,7 @@ class WeightsError(TavError, ValueError):
 
 
 class ProcessLostError(TavError, RuntimeError):
-    """Another process of a multi-process run has failed or does not answer."""
+    """Another process of a multi-process run has failed or does not respond."""
 
     exit_code = 1
 

@@ -49,7 +49,7 @@ class TuneAVideo:
         for module in (components.unet, components.vae, components.text_encoder):
             nnx.update(module, sharding.device_put(nnx.state(module), mesh))
         self.schedule = NoiseSchedule.from_config(components.layout.configs["scheduler"])
-        self.source: Clip | None = None  # the clip last tuned on or inverted; its fps and sound are those of the edits
+        self.source: Clip | None = None  # the clip last tuned on or inverted; edits get its fps and audio
 
     # ------------------------------------------------------------------------------------------- loading and saving
 
@@ -70,12 +70,12 @@ class TuneAVideo:
     ) -> "TuneAVideo":
         """Load a directory in the Diffusers layout, a hub id or a bucket path.
 
-        A 2D UNet is inflated, with new temporal layers initialised from `seed`. A UNet that was tuned by this or the
+        A 2D UNet is inflated, with new temporal layers initialized from `seed`. A UNet that was tuned by this or the
         official code is loaded as it is. `dtype` is the dtype of the frozen weights and of the arithmetic; the weights
-        that `trainable` names stay in float32. `mesh` is (data, frames) on the first devices; by default all devices
-        are used, divided as suits a clip of `frames` frames. A `size` (height, width) that the model does not support
-        is refused before weights are read. `kernel` computes spatial attention, see `tav_jax.kernels.attention`. With
-        several processes, all must make the same calls in the same order.
+        that `trainable` names stay in float32. `mesh` is (data, frames) on the first devices; the default uses all
+        devices and is chosen for a clip of `frames` frames. A `size` (height, width) that the model does not support
+        is refused before weights are read. `kernel`: the implementation of spatial attention, see
+        `tav_jax.kernels.attention`. With several processes, all must make the same calls in the same order.
         """
         check_choice("model.dtype", dtype)
         check_choice("model.spatial_attention", spatial_attention)
@@ -110,8 +110,8 @@ class TuneAVideo:
 
     @classmethod
     def restore(cls, workdir: Any, *, step: int | None = None, run: Any = None) -> "TuneAVideo":
-        """Load the pipeline of a training run with the weights of a checkpoint, by default the newest. `run`: the run
-        where it is open already."""
+        """Load the pipeline of a training run with the weights of a checkpoint, by default the newest. A `run` that is
+        already open is used instead of opening `workdir`."""
         from tav_jax.training.run import Run  # imports Orbax
 
         run = run or Run.open(workdir)
@@ -146,34 +146,30 @@ class TuneAVideo:
         return self.posterior(frames).mean
 
     def posterior(self, frames: Frames) -> Posterior:
-        """Mean and standard deviation of the scaled latents. Computed once; every training step samples from it."""
-        frames = validation.frames(frames, self._factor)
+        """Mean and standard deviation of the scaled latents. Tuning samples from them at every step."""
+        frames = validation.frames(frames, self._downsampling)
         if processes.is_multiprocess():
             processes.check_same({"the clip": hashlib.blake2b(frames.tobytes(), digest_size=8).hexdigest()})
-        workload, batch_size = self._autoencoding("encoding", *frames.shape[:3])
+        workload, batch_size = self._vae_workload("encoding", *frames.shape[:3])
         with memory.checked(workload), self.numerics():
             mean, std = programs.encode_frames(self.components.vae, jnp.asarray(frames), batch_size=batch_size)
         return Posterior(mean[None], std[None])  # [1, F, h, w, 4]
 
     def decode_video(self, latents: Float[Values, "n F h w c"]) -> Float[Array, "n F H W 3"]:
         """Frames in [0, 1] from scaled latents."""
+        latents, factor = jnp.asarray(latents, jnp.float32), self._downsampling
         n, frames, height, width, _ = latents.shape
-        workload, batch_size = self._autoencoding("decoding", n * frames, height * self._factor, width * self._factor)
+        workload, batch_size = self._vae_workload("decoding", n * frames, height * factor, width * factor)
         with memory.checked(workload), self.numerics():
-            decoded = programs.decode_frames(
-                self.components.vae, jnp.asarray(latents, jnp.float32), batch_size=batch_size
-            )
-            return jax.block_until_ready(decoded)
+            return jax.block_until_ready(programs.decode_frames(self.components.vae, latents, batch_size=batch_size))
 
     def unet(
         self, latents: Float[Values, "B F h w c"], timesteps: Int[Values, "B"], text: Float[Values, "B L e"]
     ) -> Float[Array, "B F h w c"]:
         """One call of the video UNet."""
-        conditioning = Conditioning(jnp.asarray(text))
+        latents, timesteps = jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps)
         with self.numerics():
-            return programs.call_unet(
-                self.components.unet, jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps), conditioning
-            )
+            return programs.call_unet(self.components.unet, latents, timesteps, Conditioning(jnp.asarray(text)))
 
     # ------------------------------------------------------------------------------------------- tuning
 
@@ -191,18 +187,11 @@ class TuneAVideo:
         remat: str | bool = "block",
         progress: bool | None = None,
     ) -> TuningResult:
-        """Learn the motion of a clip. The UNet is tuned afterwards. `progress` shows a bar, by default when
-        interactive."""
+        """Tune the UNet on a clip and its prompt, in place. `progress` shows a bar, by default when interactive."""
         validation.steps(steps)
-        trainer = Trainer(
-            self,
-            self.posterior(clip),
-            self.encode_text(prompt),
-            hyper=Hyperparameters(learning_rate, weight_decay, max_grad_norm),
-            seed=seed,
-            trainable=trainable,
-            remat=remat,
-        )
+        posterior, text = self.posterior(clip), self.encode_text(prompt)
+        hyper = Hyperparameters(learning_rate, weight_decay, max_grad_norm)
+        trainer = Trainer(self, posterior, text, hyper=hyper, seed=seed, trainable=trainable, remat=remat)
         if isinstance(clip, Clip):
             self.source = clip
         return trainer.run(steps, show_bar=progress)
@@ -220,18 +209,13 @@ class TuneAVideo:
         trainable: Sequence[str] = TRAINABLE,
         remat: str | bool = "block",
     ) -> TuningResult:
-        """Training steps on given latents, timesteps and noise. The UNet is tuned afterwards."""
+        """Tune the UNet in place, one step for each given timestep and noise."""
         latents, noise = validation.latents(latents, self._channels), jnp.asarray(noise, jnp.float32)
         times = np.asarray(timesteps, np.int32)
         validation.replayed_steps(times, noise, latents, self.schedule.train_timesteps)
-        trainer = Trainer(
-            self,
-            Replay(latents, jnp.asarray(times), noise),
-            self.encode_text(prompt),
-            hyper=Hyperparameters(learning_rate, weight_decay, max_grad_norm),
-            trainable=trainable,
-            remat=remat,
-        )
+        data, text = Replay(latents, jnp.asarray(times), noise), self.encode_text(prompt)
+        hyper = Hyperparameters(learning_rate, weight_decay, max_grad_norm)
+        trainer = Trainer(self, data, text, hyper=hyper, trainable=trainable, remat=remat)
         return trainer.run(len(times), show_bar=False)
 
     # ------------------------------------------------------------------------------------------- inversion and sampling
@@ -245,9 +229,9 @@ class TuneAVideo:
         return_trajectory: bool = False,
         progress: Progress = None,
     ) -> Float[Array, "..."]:
-        """DDIM inversion of a clip, its frames or its latents: the noise from which sampling finds back to the clip.
+        """DDIM inversion of a clip, given as frames or latents: the noise from which sampling reconstructs it.
 
-        With `return_trajectory` the latents at every noise level, `[steps + 1, 1, F, h, w, 4]`, the clip's own first.
+        With `return_trajectory`, the latents before the first and after every step, `[steps + 1, 1, F, h, w, 4]`.
         `progress`: True for a bar, or a function that is called with the number of steps done.
         """
         table = self.schedule.inversion_steps(steps)
@@ -282,23 +266,22 @@ class TuneAVideo:
         return_trajectory: bool = False,
         progress: Progress = None,
     ) -> Any:
-        """Edited clips: an `Edit` for a prompt, a list of them for a list of prompts, which are one batch.
+        """Sample one batch of edited clips: an `Edit` for a single prompt, a list for a list of prompts.
 
-        Starts from `latents`, usually the inverted clip, one for all prompts or one for each; without them from noise
-        drawn from `seed`, for `frames` frames of `size` (height, width). `inversion_steps` is the number of steps that
-        the latents were inverted in, by default `steps`. With `guidance` at 1 or below only the conditional prediction
-        is computed. `sampler` is a name or an instance of a class like those in `tav_jax.diffusion.samplers`.
+        Starts from `latents`, usually the inverted clip, one for all prompts or one for each; without them, from
+        Gaussian noise with this `seed`, `frames` and `size` (height, width). `inversion_steps` is the number of steps
+        in which the latents were inverted, by default `steps`. With `guidance` at 1 or below, only the conditional
+        prediction is computed. `sampler` is a name or an instance of `tav_jax.diffusion.samplers.Sampler`.
 
-        `strength` is the share of the steps, the last ones, that use the prompt. Below 1 the first steps, in which the
-        layout is decided, run with the empty prompt and without guidance, back along the inversion: more of the clip is
-        kept. `progress` is as for `invert`.
+        `strength` is the share of the steps, the last ones, that use the prompt. The steps before them use the empty
+        prompt without guidance, which reverses the inversion; they determine the layout, so a smaller strength keeps
+        more of the clip. `progress` is as for `invert`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("the list of prompts is empty; give at least one (an empty text is a valid prompt)")
         validation.strength(strength, from_clip=latents is not None)
         table, sampler = self.schedule.sampling_steps(steps, inversion_steps), get_sampler(sampler)
-        unprompted = steps - prompted_steps(steps, strength)
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:
@@ -307,35 +290,27 @@ class TuneAVideo:
         negative = [] if scale is None else [negative_prompt] * len(prompts)
         prompted = Conditioning(self.encode_text([*negative, *prompts]))  # [2P or P, L, D]
         memory.check(self.memory_estimator.denoising("sampling", latents, rows=len(prompted.text)))
-        options = {"sampler": sampler, "trajectory": return_trajectory}
-        if unprompted:  # in chunks, so that another strength compiles nothing
-            options["chunk"] = programs.chunk_size(steps)
-
-        before = None
+        unprompted, before = steps - prompted_steps(steps, strength), None
+        # Chunks of one size for both loops, so that another strength does not compile them again.
+        chunk = programs.chunk_size(steps) if unprompted else None
+        options = {"sampler": sampler, "trajectory": return_trajectory, "chunk": chunk}
         with reporter(progress, steps, "sampling") as report:
-            if unprompted:  # once for all prompts that share their start
-                empty = Conditioning(self.encode_text([""] * len(latents)))
-                latents, before = self._denoise(
-                    "sampling", latents, empty, table.restart(0, unprompted), report=report, **options
-                )
-            latents, trajectory = self._denoise(
-                "sampling",
-                _repeat_to(len(prompts), latents, axis=0),  # [P, F, h, w, 4]
-                prompted,
-                table.restart(unprompted, steps),
-                guidance=scale,
-                report=report and (lambda done: report(unprompted + done)),
-                **options,
-            )
-        if before is not None and trajectory is not None:
-            trajectory = jnp.concatenate([_repeat_to(len(prompts), before, axis=1), trajectory])
+            if unprompted:  # computed once for prompts that share their initial latents
+                empty, first = Conditioning(self.encode_text([""] * len(latents))), table.restart(0, unprompted)
+                latents, before = self._denoise("sampling", latents, empty, first, report=report, **options)
+            options |= {"guidance": scale, "report": report and (lambda done: report(unprompted + done))}
+            latents = jnp.broadcast_to(latents, (len(prompts), *latents.shape[1:]))  # [P, F, h, w, 4]
+            rest = table.restart(unprompted, steps)
+            latents, trajectory = self._denoise("sampling", latents, prompted, rest, **options)
+        if before is not None and trajectory is not None:  # [N, P, F, h, w, 4]
+            trajectory = jnp.concatenate([jnp.broadcast_to(before, (unprompted, *latents.shape)), trajectory])
         nonfinite.check_latents("sampling", latents, self.dtype.name)
         edits = [self._decode_edit(i, text, latents, trajectory, fps) for i, text in enumerate(prompts)]
         return edits[0] if isinstance(prompt, str) else edits
 
     def _denoise(self, name: str, latents, conditioning, steps: Steps, *, chunk=None, report=None, **options: Any):
-        """The denoising loop: one program or, where progress is reported, a program that is called for each chunk."""
-        # All processes must run the same programs, whichever of them shows a bar.
+        """The denoising loop: in one call or, to report progress, in chunks."""
+        # All processes must run the same programs, even if only one of them reports progress.
         if chunk is None and processes.any_process(report is not None):
             chunk = programs.chunk_size(len(steps.timestep))
         options |= {"prediction": self.schedule.prediction, "chunk": chunk, "report": report}
@@ -358,7 +333,7 @@ class TuneAVideo:
         )
 
     def noise(self, seed: int, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
-        """Latents drawn from a seed. Frames and size (height, width) are by default those of the source clip."""
+        """Standard normal latents. Frames and size (height, width) are by default those of the source clip."""
         if self.source is not None:
             frames = len(self.source.frames) if frames is None else frames
             size = self.source.frames.shape[1:3] if size is None else size
@@ -366,15 +341,14 @@ class TuneAVideo:
             raise InputError("without latents, frames= and size=(height, width) say what to sample; give both")
         if frames < 1:
             raise InputError(f"frames is {frames}; at least 1 is needed")
-        check_size(*size, self._factor)
-        shape = (1, frames, size[0] // self._factor, size[1] // self._factor, self._channels)
-        return jax.random.normal(jax.random.key(seed), shape)
+        check_size(*size, self._downsampling)
+        height, width = (side // self._downsampling for side in size)
+        return jax.random.normal(jax.random.key(seed), (1, frames, height, width, self._channels))
 
     # ------------------------------------------------------------------------------------------- internals
 
     @property
-    def _factor(self) -> int:
-        """Pixels per latent along one side."""
+    def _downsampling(self) -> int:
         return self.components.vae.config.downsampling
 
     @property
@@ -389,11 +363,8 @@ class TuneAVideo:
         """The context of every jitted call: the mesh and the precision of matrix products."""
         return programs.numerics(self.dtype, self.mesh)
 
-    def _autoencoding(self, name: str, frames: int, height: int, width: int) -> tuple[memory.Workload, int]:
+    def _vae_workload(self, name: str, frames: int, height: int, width: int) -> tuple[memory.Workload, int]:
+        """What the VAE needs for a clip, and how many frames it processes at a time."""
         batch_size = functools.partial(programs.vae_batch_size, mesh=self.mesh)
         workload = self.memory_estimator.autoencoding(name, memory.Shape(frames, height, width), batch_size)
         return workload, batch_size(frames, height, width)
-
-
-def _repeat_to(count: int, x: Array, *, axis: int) -> Array:
-    return x if x.shape[axis] == count else jnp.repeat(x, count, axis=axis)

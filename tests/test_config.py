@@ -104,7 +104,7 @@ def test_all_problems_are_reported_together():
         "train.steps is 0",
         "clip.width 7",
         "train.stepz is not a setting",
-        "clip.prompt is 5, expected a text",
+        "clip.prompt is 5, expected a string",
     ):
         assert part in str(caught.value)
 

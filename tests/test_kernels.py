@@ -120,7 +120,7 @@ def test_the_default_kernel_of_each_platform(platform, kernel):
 def test_a_kernel_of_another_platform_is_refused(sd1):
     with pytest.raises(InputError, match=r"kernel 'fused' runs on tpu only, and this is cpu; use auto or plain"):
         TuneAVideo.from_pretrained(sd1.model, kernel="fused")
-    with pytest.raises(InputError, match=r"'flash' is not one of auto, plain"):
+    with pytest.raises(InputError, match=r"kernel is 'flash'; it must be one of auto, plain"):
         TuneAVideo.from_pretrained(sd1.model, kernel="flash")
 
 

@@ -13,11 +13,12 @@ from flax import nnx
 
 from tav_jax.config import TRAINABLE
 from tav_jax.io import diffusers_layout, weights
-from tav_jax.kernels import full_attention, key_frames
+from tav_jax.kernels import full_attention
+from tav_jax.kernels.attention import key_frames
 from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
 from tav_jax.models.attention import Attention, FeedForward
 from tav_jax.models.norms import group_norm, layer_norm
-from tav_jax.models.resnet import nearest
+from tav_jax.models.resnet import resize_nearest
 from tav_jax.models.unet import timestep_embedding
 from tav_jax.training.train_step import trainable_filter
 
@@ -106,7 +107,7 @@ def test_feed_forward_uses_the_exact_gelu():
 def test_nearest_equals_torch(size, out):
     x = normal(2, *size, 3)
     theirs = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=out, mode="nearest")
-    assert np.array_equal(nearest(jnp.asarray(x), out), theirs.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(resize_nearest(jnp.asarray(x), out), theirs.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize(("flip", "shift", "dim"), [(True, 0, 320), (False, 1, 32), (True, 0, 17)])

@@ -47,7 +47,7 @@ def _byte_characters() -> list[str]:
 
 
 def merges() -> list[tuple[str, str]]:
-    """Byte-pair encoding: merge the most frequent pair until each word is one token."""
+    """The merges of byte-pair encoding: the most frequent pair, repeatedly, until each word is one token."""
     splits = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(WORDS)]
     pairs = []
     while any(len(split) > 1 for split in splits):
@@ -91,7 +91,7 @@ def write_tokenizer(directory: Path) -> None:
 def write_pipeline(
     directory: Path, unet: UNet, vae: VAE, text_encoder: ClipText, scaling_factor: float, recipe: dict[str, Any]
 ) -> None:
-    """Replace `directory` by the pipeline, in half precision, and the recipe of its training."""
+    """Replace the contents of `directory` by the pipeline, in half precision, and its training recipe."""
     u, v, t = unet.config, vae.config, text_encoder.config
 
     def block_types(direction: str, attention: Sequence[bool]) -> list[str]:

@@ -41,7 +41,7 @@ class Recipe:
     vae_steps: int = 4000
     vae_batch: int = 8
     vae_learning_rate: float = 2e-3
-    vae_kl: float = 1e-4  # weight of the KL divergence, per latent number
+    vae_kl: float = 1e-4  # weight of the mean KL divergence of a latent value
     vae_object_steps: int = 2000  # further steps with a higher weight on the object, for sharp edges
     vae_object_weight: float = 6.0
     images: int = 32768  # encoded images that the UNet is trained on
@@ -49,8 +49,8 @@ class Recipe:
     unet_batch: int = 16
     unet_learning_rate: float = 1e-3
     unet_object_weight: float = 4.0  # weight of the errors on the object, at low noise
-    group_size: int = 4  # images of one caption that are denoised as one clip in every second batch; see `sample_batch`
-    key_fraction: float = 0.25  # of its positions that an image's self-attention attends to; see `SubsampledLinear`
+    group_size: int = 4  # in every second batch, so many images of one caption form a clip; see `sample_batch`
+    key_fraction: float = 0.25  # fraction of an image's positions that self-attention uses; see `SubsampledLinear`
     caption_dropout: float = 0.1  # for classifier-free guidance
     ema: float = 0.9995
 
@@ -127,7 +127,7 @@ def load(file: Path, like: Any) -> Any:
 
 
 def initial_params(workdir: Path, name: str, params: Any) -> Any:
-    """The parameters in `<name>-start.npz`, which an earlier run may have left there, or else `params`."""
+    """The parameters in `<name>-start.npz`, where a user has put such a file, or else `params`."""
     file = workdir / f"{name}-start.npz"
     return load(file, params) if file.exists() else params
 
@@ -274,9 +274,9 @@ class Denoiser(nnx.Module):
 class SubsampledLinear(nnx.Module):
     """A projection of a random subset of the positions. Keys and values with the same `key` use the same subset.
 
-    In an inflated UNet, the self-attention of a frame attends to other frames and not to itself. A UNet of this size
-    that always attends to its own frame learns to read each position's own content there, and fails when inflated.
-    With random subsets it learns features of the whole image instead. Large networks learn these from their data.
+    In an inflated UNet, a frame attends to other frames and not to itself. A UNet of this size that is pretrained with
+    full self-attention learns that each position attends to itself, and fails when inflated. With random subsets it
+    learns to use features of the whole image instead. Large networks learn this without subsets.
     """
 
     def __init__(self, linear: nnx.Linear, fraction: float, key: jax.Array):
@@ -301,9 +301,9 @@ def subsample_keys(unet: UNet, fraction: float, key: jax.Array) -> None:
 def sample_batch(recipe: Recipe, captions: np.ndarray, step: int) -> np.ndarray:
     """Indices of a batch of latents, [groups, images].
 
-    Groups alternate between one image and `group_size` images with the same caption. The images of a group share the
-    statistics of the group norms, as the frames of a clip do. A network of this size that is trained on single images
-    only learns that the statistics belong to one object, and generates one object for a whole clip.
+    Batches of single images alternate with batches of groups of `group_size` images with the same caption. The images
+    of a group share the statistics of the group norms, as the frames of a clip do. If trained on single images only, a
+    network of this size learns that the statistics describe one object, and generates one object for a whole clip.
     """
     rng, images = np.random.default_rng((recipe.seed, step)), (1, recipe.group_size)[step % 2]
     caption = captions[rng.integers(0, len(captions), recipe.unet_batch // images)]
@@ -336,8 +336,8 @@ def train_unet(recipe: Recipe, latents: Latents, scaling_factor: float, workdir:
         # At low noise, a large error in ε is a small error in the image.
         alpha = alphas_cumprod[t].reshape(-1, 1, 1, 1, 1)
         weight = (1 + alpha / (1 - alpha) / 5) ** -0.5
-        # The object is a small part of the image. Where noise hides its position, it gets no higher weight: the model
-        # would learn to generate objects everywhere.
+        # The object is a small part of the image, so its errors get a higher weight, but not where noise hides its
+        # position: the model would learn to generate objects everywhere.
         object_weight = 1 + (recipe.unet_object_weight - 1) * covered[..., None] * (alpha > 0.1)
         return jnp.mean(object_weight * weight * error**2)
 
@@ -351,7 +351,7 @@ def train_unet(recipe: Recipe, latents: Latents, scaling_factor: float, workdir:
 
 
 def pretrain(recipe: Recipe, workdir: Path, out: Path) -> None:
-    """All stages; writes the pipeline to `out`."""
+    """Run all stages and write the pipeline to `out`."""
     workdir.mkdir(parents=True, exist_ok=True)
     vae = train_vae(recipe, workdir)
     latents, scaling_factor = encode_images(recipe, vae, workdir)

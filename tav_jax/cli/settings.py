@@ -18,7 +18,7 @@ def read_config(arguments: Sequence[str]) -> Any:
     if unknown := [a for a in arguments if not a.startswith(("--config=", "--config."))]:
         raise InputError(f"{unknown[0]!r} is not an option; settings are --config.NAME=VALUE")
     names = [a.removeprefix("--config.").split("=")[0] for a in arguments if a.startswith("--config.")]
-    if complaints := config.unknown(names):
+    if complaints := config.unknown_settings(names):
         raise InputError("; ".join(complaints))
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), "")
     if path and not os.path.isfile(path.split(":")[0]):

@@ -16,7 +16,7 @@ WORDS = ("a", "an", "on", *COLOURS, *SHAPES, *PLACES, *re.findall("[a-z]+", " ".
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a result depends on besides the clip and the prompts."""
+    """Everything but the clip and the prompts that a result depends on."""
 
     frames: int = 8
     steps: int = 400
@@ -36,7 +36,7 @@ def source_clip(seed: int | None, frames: int) -> DemoClip:
 
 
 def example_edits(clip: DemoClip, seed: int) -> dict[str, DemoClip]:
-    """The ground truth of one edit of each kind, chosen at random by the seed."""
+    """The ground truth of one edit of each kind, sampled with the seed."""
     rng, scene = np.random.default_rng((seed, 3)), clip.scene
 
     def change(*fields: str) -> DemoClip:

@@ -26,9 +26,9 @@ from tav_jax.demo.world import (
 )
 
 MIN_CONTRAST = 0.25  # between the brightness of an object and of its place
-MAX_OUTLINE = 0.25  # the brightness up to which a pixel beside an object is part of an outline, except at night
-RIM = 8  # the largest distance in pixels from an object of its outline, pointed corners or blurred edge
-MIN_OVERLAP = 0.60  # of the object with the best matching shape, as intersection over union
+MAX_OUTLINE = 0.25  # the largest brightness of a pixel of an outline
+RIM = 8  # pixels around an object's mask that may show its outline, corners or blurred edge
+MIN_OVERLAP = 0.60  # intersection over union of the object and the best matching shape
 FIELDS = ("colour", "shape", "place", "style")
 
 
@@ -37,7 +37,7 @@ class FrameAnalysis(NamedTuple):
 
     scene: Scene  # the nearest match of each field; "none" if there is none
     centre: Float[np.ndarray, "2"]  # (x, y); NaN without an object
-    overlap: float  # of the object with the shape
+    overlap: float  # intersection over union of the object and the nearest shape
     mask: Float[np.ndarray, "64 64"]
 
 
@@ -70,7 +70,7 @@ def _dilate(mask: Bool[np.ndarray, "64 64"], pixels: int) -> Bool[np.ndarray, "6
 
 
 def mask_centre(mask: Float[np.ndarray, "64 64"]) -> Float[np.ndarray, "2"]:
-    """The centroid (x, y), computed again without pixels more than 20 pixels from the first estimate."""
+    """The centroid (x, y) of the mask within 20 pixels of its centroid, which excludes stray pixels far away."""
     if not mask.any():
         return np.full(2, np.nan)
     rows, columns = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5
@@ -91,7 +91,7 @@ def match_colour(pixels: Float[np.ndarray, "64 64 3"], mask: Float[np.ndarray, "
 
 # ------------------------------------------------------------------------------------------------------- shapes
 
-REACH = 18  # half the side in pixels of the square around the centre in which shapes are compared
+REACH = 18  # shapes are compared in a square of 2 · REACH pixels around the centre
 ROTATIONS = 18
 TEMPLATE_RADII = tuple(np.arange(6.0, 18.1, 0.75))
 
@@ -129,7 +129,7 @@ def match_shape(mask: Float[np.ndarray, "64 64"], centre: Float[np.ndarray, "2"]
 
 
 def _window(mask: Float[np.ndarray, "64 64"], centre: Float[np.ndarray, "2"]) -> Float[np.ndarray, "36 36"]:
-    """The mask around a centre, interpolated so that the centre is the middle of the window."""
+    """The mask in the square around a centre, interpolated between pixels."""
     padded = np.pad(mask, REACH + 2)
     corner = np.floor(centre).astype(int)
     fx, fy = centre - corner
@@ -151,7 +151,7 @@ def _background_statistics() -> dict[tuple[str, str], tuple[np.ndarray, np.ndarr
 def match_background(pixels: Float[np.ndarray, "64 64 3"], mask: Float[np.ndarray, "64 64"]) -> tuple[str, str]:
     """The (place, style) whose mean and standard deviation of colours are nearest to those of the background.
 
-    The style is "none" if it should have an outline and the object has none.
+    The style is "none" if the nearest style is "outline" and the object has no outline.
     """
     near = _dilate(mask > 0, RIM)
     if near.all():
@@ -180,13 +180,13 @@ def outlined_fraction(pixels: Float[np.ndarray, "64 64 3"], mask: Float[np.ndarr
 
 
 class Evaluation(NamedTuple):
-    """How well a clip shows what it should."""
+    """How well a clip matches the expected scene and motion."""
 
-    colour: float  # the fraction of frames in which it is right; likewise shape, place and style
+    colour: float  # the fraction of frames with the expected colour; likewise shape, place and style
     shape: float
     place: float
     style: float
-    edit_accuracy: float  # the fraction of frames in which all four are right
+    edit_accuracy: float  # the fraction of frames in which all four are as expected
     trajectory_error_px: float  # mean distance of the object's centre from the expected one
     frame_consistency: float
     centres: Float[np.ndarray, "F 2"]
@@ -216,7 +216,7 @@ def evaluate(frames: UInt8[np.ndarray, "F 64 64 3"], expected: DemoClip) -> Eval
 
 
 def background_consistency(frames: UInt8[np.ndarray, "F 64 64 3"], masks: list[np.ndarray]) -> float:
-    """1 − the root mean square difference of consecutive frames, over pixels that the object covers in neither."""
+    """1 − the root mean square difference of consecutive frames, over pixels away from the object in both frames."""
     changes = []
     for i in range(len(frames) - 1):
         near = _dilate((masks[i] > 0) | (masks[i + 1] > 0), RIM)

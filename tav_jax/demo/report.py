@@ -1,4 +1,4 @@
-"""The results of `tav demo`: videos, metrics and a report, which is one HTML file that fetches nothing."""
+"""The results of `tav demo`: videos, metrics and a report, which is one self-contained HTML file."""
 
 import base64
 import html
@@ -28,7 +28,7 @@ COLOURS = ("#d1495b", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")  # 
 GREY = "#808080"  # of the source, and of text and axes; legible on light and dark backgrounds
 SMOOTHING = 25  # steps over which the smooth loss curve is averaged
 SCALE = 4  # the videos are enlarged to 256 pixels
-CUSTOM = "your prompt"  # the kind of an edit with a user's prompt
+CUSTOM = "your prompt"  # the kind of edit that is shown for a user's prompt
 
 
 @dataclass
@@ -36,7 +36,7 @@ class DemoResult:
     settings: Settings
     clip_seed: int | None
     source: DemoClip
-    kinds: list[str]  # of edits
+    kinds: list[str]  # of the edits, such as "style"
     edits: list[Edit] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)

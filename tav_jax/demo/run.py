@@ -33,20 +33,20 @@ def prepare_directory(out: str | Path) -> Path:
     directory = Path(out).expanduser()
     RunDirectory(directory).check_writable()
     if directory.exists() and any(directory.iterdir()):
-        raise InputError(f"{directory} is not empty; give --out=… another name, or remove it first")
+        raise InputError(f"{directory} is not empty; give another directory with --out=…, or remove this one first")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").touch()
         (directory / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"{directory} cannot be written ({error.strerror}); give another --out=…") from error
+        raise InputError(f"{directory} cannot be written ({error.strerror}); give another with --out=…") from error
     return directory
 
 
 def run_demo(
     out: str | Path, prompts: Sequence[str] = (), settings: Settings | None = None, *, clip_seed: int | None = None
 ) -> Path:
-    """Run the whole method, write its results to `out` and return the path of the report."""
+    """Tune, invert, edit and evaluate; write the results to `out` and return the path of the report."""
     if clip_seed is not None and clip_seed < 0:
         raise InputError(f"--clip is {clip_seed}; give 0 or more")
     directory = prepare_directory(out)
@@ -54,7 +54,7 @@ def run_demo(
     for prompt in prompts:
         if unknown := unknown_words(prompt):
             words = ", ".join(repr(word) for word in unknown)
-            print(f"The demo model was not trained on {words}; it uses the words that it knows.", file=sys.stderr)
+            print(f"The demo model was not trained on {words}; only the other words can have effect.", file=sys.stderr)
     source = source_clip(clip_seed, settings.frames)
     if prompts:
         kinds = [CUSTOM] * len(prompts)
@@ -75,7 +75,7 @@ def run_demo(
 
 
 def edit_clip(result: DemoResult, prompts: Sequence[str], expected: Sequence[DemoClip]) -> DemoResult:
-    """Tune, invert and sample through the public API, and fill in the result."""
+    """Tune, invert and sample with the public API, and complete the result."""
     settings, caption = result.settings, result.source.scene.caption
 
     @contextlib.contextmanager
@@ -107,7 +107,7 @@ def edit_clip(result: DemoResult, prompts: Sequence[str], expected: Sequence[Dem
 
 
 def reconstruction_psnr(tav: TuneAVideo, clip: Clip, caption: str, settings: Settings) -> float:
-    """PSNR in dB between the decoded latents of a clip and the clip inverted and sampled with its own caption."""
+    """PSNR in dB of a clip that is inverted and sampled with its own caption, against the clip encoded and decoded."""
     latents = tav.encode_video(clip)
     noise = tav.invert(latents, steps=settings.inversion_steps, prompt=caption)
     sampled = tav.sample(caption, latents=noise, steps=settings.sampling_steps, guidance=1.0)

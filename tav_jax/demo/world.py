@@ -18,8 +18,8 @@ MARGIN = 3.0  # pixels between an object and the edge of the image
 RADII = (11.0, 16.0)
 TILT = 0.4  # the largest rotation of an object to either side, in radians
 
-# Objects are bright and places are dim. A denoiser locates an object in noise by its contrast to the background, so an
-# object whose colour or place is edited keeps its position only if the sign of the contrast does not change.
+# Objects are bright and places are dim. A denoiser locates an object in noise by its contrast with the background, so
+# that an edit of colour or place keeps the object's position only if the contrast does not change sign.
 COLOURS = {
     "red": (1.00, 0.60, 0.57),
     "orange": (1.00, 0.78, 0.50),
@@ -125,7 +125,7 @@ def _box(u, v, half_width: float, half_height: float):
 
 
 def _star(u, v, radius: float, points: int = 5, inner: float = 0.45):
-    """By symmetry, the distance to one edge: from the tip of a point to the adjacent inner corner."""
+    """The distance to one edge, which runs from a tip to the adjacent inner corner; the others follow by symmetry."""
     sector = np.pi / points
     angle = np.arctan2(u, -v)  # 0 is up
     folded = np.abs((angle + sector) % (2 * sector) - sector)
@@ -138,7 +138,7 @@ def _star(u, v, radius: float, points: int = 5, inner: float = 0.45):
 
 
 def coverage(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """The fraction of each pixel inside an edge at this signed distance, for anti-aliasing."""
+    """The fraction of a pixel that an object at this signed distance covers, for anti-aliasing."""
     return np.clip(0.5 - distance, 0, 1)
 
 
@@ -148,7 +148,7 @@ TEXTURE_SIZE = 128  # the period of a texture in both directions, in pixels
 
 
 def _waves(x, y, *waves: tuple[int, int, float]):
-    """The mean of periodic sine waves, each given as (cycles along x, cycles along y, phase)."""
+    """The mean of sine waves that are periodic in the texture, each (cycles along x, cycles along y, phase)."""
     return sum(np.sin(2 * np.pi * (a * x + b * y) / TEXTURE_SIZE + phase) for a, b, phase in waves) / len(waves)
 
 
@@ -282,14 +282,14 @@ class DemoClip:
 
     @classmethod
     def sample(cls, seed: int, frames: int = 8, *, motion: str | None = None, scene: Scene | None = None) -> "DemoClip":
-        """A clip that depends only on the arguments. A sampled scene is plain, so that an edit can change its style."""
+        """A clip determined by the arguments. A sampled scene is plain, so that an edit can change its style."""
         rng = np.random.default_rng((seed, 2))
         motion = motion or MOTIONS[seed % len(MOTIONS)]
         scene = scene or replace(Scene.sample(rng), style="plain")
         radius = rng.uniform(12, 13.5)
         u, v, factor, turn = _motion_path(motion, rng, frames)
         u = 1 - u if rng.random() < 0.5 else u
-        v = 1 - v if rng.random() < 0.5 and motion not in ("arc", "bounce") else v  # gravity points down
+        v = 1 - v if rng.random() < 0.5 and motion not in ("arc", "bounce") else v  # these two fall downwards
         size = radius * factor
         low, high = size.max() + MARGIN, IMAGE_SIZE - size.max() - MARGIN
         start = 0.0 if motion == "rotation" else rng.uniform(-TILT, TILT)

@@ -9,7 +9,7 @@ from tav_jax.diffusion.samplers import Denoiser
 def classifier_free_guidance(denoise: Denoiser, scale: Float[Array, ""]) -> Denoiser:
     """`ε = ε_uncond + scale · (ε_cond − ε_uncond)`, from one call on both rows.
 
-    `denoise` gets the latents twice; its text embeddings are [unconditional; conditional].
+    `denoise` is called on the latents twice, for the text embeddings [unconditional; conditional].
     """
 
     def guided(latents, step):

@@ -1,7 +1,7 @@
-"""The jitted functions of inference: encode, decode, and a chunk of the denoising loop.
+"""The jitted functions of inference: encoding, decoding and the denoising loop.
 
-Each is compiled once for each shape. Networks are arguments, so their weights are no constants of a program, and what
-changes from call to call (text embeddings, guidance scale, timesteps) is an array.
+Each is compiled once per shape. Networks are arguments, so that their weights are not compiled in as constants, and
+what changes from call to call (text embeddings, guidance scale, timesteps) is an array.
 """
 
 import contextlib
@@ -19,23 +19,22 @@ from tav_jax.distributed import sharding
 from tav_jax.distributed.sharding import CLIP, REPLICATED, ROWS, constrain
 from tav_jax.models import VAE, ClipText, Conditioning, UNet
 
-VAE_PIXELS = 4 * 512 * 512  # the VAE processes about so many pixels at a time, so that it never is the memory peak
+VAE_PIXELS = 4 * 512 * 512  # that the VAE processes at a time: few enough that the UNet determines the peak memory
 
 
 @contextlib.contextmanager
 def numerics(dtype: Any, mesh: Mesh | None) -> Iterator[None]:
-    """The context of every call: the mesh and, for float32 models, full float32 matrix products (accelerators use fewer
-    bits by default)."""
+    """The context of every call: the mesh and, for float32 models, matrix products in full float32 (the default on
+    accelerators is lower precision)."""
     exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
     with exact, sharding.use_mesh(mesh):
         yield
 
 
 def vae_batch_size(frames: int, height: int, width: int, mesh: Mesh | None) -> int:
-    """How many frames the VAE processes at a time."""
+    """How many frames the VAE processes at a time, on all devices together."""
     devices = mesh.size if mesh else 1
-    per_device = min(-(-frames // devices), max(1, VAE_PIXELS // (height * width)))
-    return per_device * devices
+    return devices * min(-(-frames // devices), max(1, VAE_PIXELS // (height * width)))
 
 
 @jax.jit
@@ -68,7 +67,7 @@ def decode_frames(vae: VAE, latents: Any, *, batch_size: int) -> jax.Array:
 
 
 def _map_batches(function: Callable[[jax.Array], Any], x: jax.Array, batch_size: int) -> Any:
-    """`function` of `batch_size` rows at a time, which a mesh shards. The last batch is padded."""
+    """Apply `function` to `batch_size` rows at a time, sharded over the mesh. The last batch is padded."""
     count = -(-len(x) // batch_size)
     padded = jnp.pad(x, ((0, count * batch_size - len(x)), *((0, 0),) * (x.ndim - 1)), mode="edge")
     batches = padded.reshape(count, batch_size, *x.shape[1:])
@@ -94,9 +93,9 @@ def denoise_loop(
     use_guidance: bool,
     trajectory: bool,
 ) -> tuple[Any, jax.Array | None]:
-    """Steps of sampling or inversion: the sampler's next state and, with `trajectory`, the latents after each step.
+    """Sampling or inversion steps: the sampler's state and, with `trajectory`, the latents after each step.
 
-    With guidance, the conditioning has the rows [unconditional; conditional], twice the batch of the latents.
+    With guidance, `conditioning` has the rows [unconditional; conditional], twice as many as the latents.
     """
 
     def denoise(latents, step):
@@ -121,21 +120,13 @@ def run_denoise_loop(
     chunk: int | None = None,
     report: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """All steps, in one call of the jitted loop or in calls of `chunk` steps each, with the number of steps done
-    reported after each call. Gives the last latents and, with `trajectory`, the latents after each step."""
+    """All steps in one call of the jitted loop or, with `chunk`, that many steps in each call. `report` is called with
+    the number of steps done. Returns the last latents and, with `trajectory`, the latents after each step."""
+    options = {"sampler": sampler, "prediction": prediction, "trajectory": trajectory}
+    scale, use_guidance = jnp.float32(0.0 if guidance is None else guidance), guidance is not None
     state, paths, done = sampler.init(latents), [], 0
     for part in in_chunks(steps, chunk or len(steps.timestep)):
-        state, path = denoise_loop(
-            unet,
-            state,
-            conditioning,
-            part,
-            jnp.float32(0.0 if guidance is None else guidance),
-            sampler=sampler,
-            prediction=prediction,
-            use_guidance=guidance is not None,
-            trajectory=trajectory,
-        )
+        state, path = denoise_loop(unet, state, conditioning, part, scale, use_guidance=use_guidance, **options)
         paths.append(path)
         done += len(part.timestep)
         if report is not None:
@@ -144,16 +135,16 @@ def run_denoise_loop(
     return jax.block_until_ready((state.latents, jnp.concatenate(paths) if trajectory else None))
 
 
-def chunk_size(steps: int, longest: int = 5) -> int:
-    """Steps per chunk when a loop is run in chunks: a divisor of their number, so that one program runs all chunks."""
-    return max(n for n in range(1, longest + 1) if steps % n == 0)
+def chunk_size(steps: int) -> int:
+    """Steps per chunk: up to 5, and a divisor of their number, so that all chunks have one size and one compilation."""
+    return max(n for n in range(1, 6) if steps % n == 0)
 
 
 def in_chunks(steps: Steps, size: int) -> Iterator[Steps]:
     """The steps in chunks of `size`, and one by one where fewer are left.
 
-    A progress bar needs the loop to return now and then. A callback inside the loop would do it too, but a program
-    with a callback cannot be kept in the persistent compilation cache.
+    Progress is reported between chunks. A callback inside the loop could report it too, but a program with a callback
+    cannot be stored in the persistent compilation cache.
     """
     count = len(steps.timestep)
     whole = count - count % size

@@ -1,7 +1,7 @@
 """Samplers, and the loop that runs one.
 
-A sampler is two functions over a state, a pytree that holds at least the latents and, for a multistep method, what it
-remembers of earlier steps. The state is the carry of one `lax.scan`, and survives when the loop is run in chunks.
+A sampler is two functions over a state, a pytree that holds the latents and, for a multistep method, results of earlier
+steps. The state is the carry of a `lax.scan`, and is passed from chunk to chunk when the loop is run in chunks.
 
 To add a sampler, write a class with `init` and `step` in a file of its own and name it in `SAMPLERS` of `config.py`, or
 pass an instance to `TuneAVideo.sample(sampler=...)` (`examples/custom_sampler.py`).
@@ -17,22 +17,22 @@ from jaxtyping import Array, Float
 from tav_jax.config import SAMPLERS, check_choice
 from tav_jax.diffusion.schedule import Prediction, Steps, ddim_step
 
-# (latents, one row of Steps) → predicted noise or velocity. What wraps a denoiser, as guidance does, is a denoiser.
+# (latents, one step of Steps) → predicted noise or velocity. Guidance takes a denoiser and returns a denoiser.
 Denoiser = Callable[[Float[Array, "B F h w c"], Steps], Float[Array, "B F h w c"]]
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A state is any pytree with the current latents as `state.latents`. Instances are static arguments of a jitted
-    function: they must be hashable, and equal if they do the same."""
+    """The state is any pytree with the current latents as `state.latents`. Samplers are static arguments of a jitted
+    function: they must be hashable, and equal if they behave the same."""
 
     def init(self, latents: Float[Array, "B F h w c"]) -> Any:
         """The state before the first step."""
         ...
 
     def step(self, state: Any, model_output: Float[Array, "B F h w c"], step: Steps, prediction: Prediction) -> Any:
-        """The state after a step from `step.alpha` to `step.next_alpha`, where `model_output` is the prediction for
-        the state's latents at `step.timestep`."""
+        """The state after one step from `step.alpha` to `step.next_alpha`. `model_output` is the network's prediction
+        for `state.latents` at `step.timestep`."""
         ...
 
 
@@ -53,7 +53,7 @@ class DDIM(NamedTuple):
 
 
 def get_sampler(sampler: "str | Sampler") -> Sampler:
-    """The sampler of a name in `config.SAMPLERS`; an instance is returned as it is."""
+    """The sampler that `config.SAMPLERS` lists under a name; an instance is returned unchanged."""
     if not isinstance(sampler, str):
         return sampler
     check_choice("edit.sampler", sampler)
@@ -66,8 +66,7 @@ def run_sampler(
 ) -> tuple[Any, Float[Array, "N B F h w c"] | None]:
     """The state after the last step and, with `trajectory`, the latents after each step.
 
-    With `NoiseSchedule.sampling_steps` this is sampling. DDIM with `NoiseSchedule.inversion_steps` is DDIM inversion:
-    the same step, towards more noise.
+    With `NoiseSchedule.sampling_steps`, this is sampling; DDIM with `NoiseSchedule.inversion_steps` is DDIM inversion.
     """
 
     def body(state, step):

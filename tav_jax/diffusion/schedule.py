@@ -23,10 +23,10 @@ MAX_TRAIN_TIMESTEPS = 100_000  # 1000 is usual
 
 
 class Steps(NamedTuple):
-    """The steps of a sampling or inversion loop, as columns; inside the loop, the values of one step.
+    """The steps of a sampling or inversion loop, one array for each quantity; inside the loop, the values of one step.
 
     In step i the network is called at `timestep[i]`, and the latents go from `alpha[i]` to `next_alpha[i]`, both values
-    of ᾱ. `step` and `remaining` count the steps before and after it, for methods that treat the ends differently.
+    of ᾱ. `step` and `remaining` count the steps before and after it, for samplers whose first or last step differs.
     """
 
     timestep: Int[Values, "*N"]
@@ -41,16 +41,16 @@ class Steps(NamedTuple):
         return cls(timestep, alpha, next_alpha, step, step[::-1].copy())
 
     def slice(self, begin: int, end: int) -> "Steps":
-        """A chunk of the loop: `step` and `remaining` go on counting."""
-        return Steps(*(column[begin:end] for column in self))
+        """A chunk of this loop, with its values of `step` and `remaining`."""
+        return Steps(*(values[begin:end] for values in self))
 
     def restart(self, begin: int, end: int) -> "Steps":
-        """The same steps as a loop of its own, with a fresh sampler state: counted from 0."""
-        return Steps.of(*(column[begin:end] for column in self[:3]))
+        """A part of this loop as a loop of its own: `step` counts from 0."""
+        return Steps.of(*(values[begin:end] for values in self[:3]))
 
 
 def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
-    """In float32 with torch's rounding, so that the tables equal Diffusers' bit for bit."""
+    """β of every timestep, in float32 with torch's rounding, so that they equal Diffusers' bit for bit."""
     if schedule == "linear":
         return _linspace(first, last, count)
     if schedule == "scaled_linear":
@@ -61,10 +61,8 @@ def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
         return np.array([min(1 - alpha((i + 1) / count) / alpha(i / count), 0.999) for i in range(count)], np.float32)
-    raise WeightsError(
-        f"the scheduler's beta_schedule is {short_repr(schedule)}; known are 'scaled_linear' (Stable Diffusion's), "
-        "'linear' and 'squaredcos_cap_v2'. Fix scheduler/scheduler_config.json."
-    )
+    names = "'scaled_linear' (Stable Diffusion's), 'linear' or 'squaredcos_cap_v2'"
+    raise _bad_setting("beta_schedule", schedule, names)
 
 
 def _linspace(first: float, last: float, count: int) -> np.ndarray:
@@ -84,29 +82,28 @@ def _setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name, default)
     if isinstance(default, int):
         if type(value) is not int or not 2 <= value <= MAX_TRAIN_TIMESTEPS:
-            raise _unusable(name, value, f"a whole number from 2 to {MAX_TRAIN_TIMESTEPS}")
+            raise _bad_setting(name, value, f"a whole number from 2 to {MAX_TRAIN_TIMESTEPS}")
     elif not _is_fraction(value):
-        raise _unusable(name, value, "a number between 0 and 1")
+        raise _bad_setting(name, value, "a number between 0 and 1")
     return value
 
 
-def _unusable(name: str, value: Any, expected: str) -> WeightsError:
-    return WeightsError(
-        f"the scheduler's {name} is {short_repr(value)}, expected {expected}. Fix scheduler/scheduler_config.json."
-    )
+def _bad_setting(name: str, value: Any, expected: str) -> WeightsError:
+    problem = f"the scheduler's {name} is {short_repr(value)}, expected {expected}"
+    return WeightsError(f"{problem}. Fix scheduler/scheduler_config.json.")
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A pipeline's noise schedule, read as DDIM's: x0 is not clipped, timesteps are offset by one, η = 0."""
+    """A pipeline's noise schedule, used as DDIM's: x0 is not clipped, timesteps are offset by one, η = 0."""
 
     alphas_cumprod: Float[np.ndarray, "train_timesteps"]
-    final_alpha_cumprod: float  # ᾱ beyond the first timestep
+    final_alpha_cumprod: float  # ᾱ after the last sampling step
     prediction: Prediction
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """From a Diffusers scheduler config of any class: its betas and its prediction type are used."""
+        """Use the betas and the prediction type of a Diffusers scheduler config of any class."""
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise WeightsError(
@@ -120,14 +117,10 @@ class NoiseSchedule:
             )
         trained = config.get("trained_betas")
         if trained is not None:
-            if (
-                not isinstance(trained, list)
-                or not 2 <= len(trained) <= MAX_TRAIN_TIMESTEPS
-                or not all(map(_is_fraction, trained))
-            ):
-                raise _unusable(
-                    "trained_betas", trained, f"a list of 2 to {MAX_TRAIN_TIMESTEPS} numbers between 0 and 1"
-                )
+            valid = isinstance(trained, list) and 2 <= len(trained) <= MAX_TRAIN_TIMESTEPS
+            if not valid or not all(map(_is_fraction, trained)):
+                expected = f"a list of 2 to {MAX_TRAIN_TIMESTEPS} numbers between 0 and 1"
+                raise _bad_setting("trained_betas", trained, expected)
             betas = np.asarray(trained, np.float32)
         else:
             betas = _betas(
@@ -156,11 +149,8 @@ class NoiseSchedule:
             raise InputError(f"steps is {steps!r}; it must be a whole number from 1 to {limit}, 50 is usual")
         stride = self.train_timesteps // int(steps)
         t = stride * np.arange(steps) + 1
-        # A negative index would wrap around.
-        below = np.where(
-            t - stride < 0, np.float32(self.final_alpha_cumprod), self.alphas_cumprod[np.maximum(t - stride, 0)]
-        )
-        return t.astype(np.int32), self.alphas_cumprod[t], below.astype(np.float32)
+        first, rest = np.float32(self.final_alpha_cumprod), self.alphas_cumprod[np.maximum(t - stride, 0)]
+        return t.astype(np.int32), self.alphas_cumprod[t], np.where(t < stride, first, rest).astype(np.float32)
 
     def inversion_steps(self, steps: int) -> Steps:
         """From the clip to noise: for 50 steps the timesteps 1, 21, … 981."""
@@ -170,14 +160,14 @@ class NoiseSchedule:
     def sampling_steps(self, steps: int, inversion_steps: int | None = None) -> Steps:
         """From noise to the clip: for 50 steps the timesteps 981, 961, … 1.
 
-        Latents that were inverted in more steps (`inversion_steps`) are at the last of its timesteps, and the sampling
-        timesteps must be a subset of the inversion's: `round(linspace(0, M, N + 1))[1:] − 1` of M into N.
+        Latents that were inverted in more steps (`inversion_steps`) are at the last timestep of the inversion. Sampling
+        then uses a subset of its timesteps, N of M: those with the indices `round(linspace(0, M, N + 1))[1:] − 1`.
         """
         if inversion_steps is None or inversion_steps == steps:
             t, alpha, below = self._ddim_timesteps(steps)
         else:
             t, alpha, _ = self._ddim_timesteps(inversion_steps)
-            self._ddim_timesteps(steps)  # checks the number
+            self._ddim_timesteps(steps)  # checks steps
             if steps > inversion_steps:
                 raise InputError(
                     f"steps is {steps} and the latents were inverted in {inversion_steps} steps; sample with at most "
@@ -222,12 +212,8 @@ def predicted_x0_and_noise(
 
 
 def ddim_step(
-    x: Float[Values, "*s"],
-    model_output: Float[Values, "*s"],
-    alpha: Alpha,
-    next_alpha: Alpha,
-    prediction: Prediction,
+    x: Float[Values, "*s"], model_output: Float[Values, "*s"], alpha: Alpha, next_alpha: Alpha, prediction: Prediction
 ) -> Float[Array, "*s"]:
-    """`√ᾱ'·x0 + √(1−ᾱ')·ε`: x at ᾱ = alpha to ᾱ' = next_alpha."""
+    """`√ᾱ'·x0 + √(1−ᾱ')·ε`: from x at ᾱ = alpha to ᾱ' = next_alpha."""
     x0, eps = predicted_x0_and_noise(x, model_output, alpha, prediction)
     return jnp.sqrt(next_alpha) * x0 + jnp.sqrt(1 - next_alpha) * eps

@@ -3,45 +3,40 @@
 Shapes: q `[..., T, N, D]`, k and v `[..., S, N, D]` with T queries, S keys and N heads of size D. The kernels for
 spatial attention:
 
-| name        | runs on     | what it is                                                                       |
-|-------------|-------------|----------------------------------------------------------------------------------|
-| `plain`     | everywhere  | XLA                                                                              |
-| `fused`     | TPU         | the Pallas kernel in `sparse_causal.py`, which reads the keys of both frames in place |
-| `splash`    | TPU         | JAX's splash attention on concatenated keys and values                           |
-| `cudnn`     | NVIDIA GPU  | cuDNN's fused attention: 16-bit types, head size at most 128                     |
-| `interpret` | everywhere  | the `fused` kernel in Pallas' interpreter: for tests, exact and very slow        |
+| name        | runs on    | implementation                                                                        |
+|-------------|------------|---------------------------------------------------------------------------------------|
+| `plain`     | everywhere | XLA                                                                                   |
+| `fused`     | TPU        | the Pallas kernel in `sparse_causal.py`, which reads the keys of both frames in place |
+| `splash`    | TPU        | JAX's splash attention on concatenated keys and values                                |
+| `cudnn`     | NVIDIA GPU | cuDNN's fused attention: 16-bit types, head size at most 128                          |
+| `interpret` | everywhere | the `fused` kernel in Pallas' interpreter: for tests, exact and very slow             |
 
 A shape that a kernel does not support is computed by XLA.
 """
 
 import functools
 import math
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tav_jax.config import Kernel, SpatialAttention
+from tav_jax.config import Kernel, SpatialAttention, check_choice
 from tav_jax.distributed.sharding import CLIP, map_shards, mesh_axes
 from tav_jax.errors import InputError
 from tav_jax.kernels.sparse_causal import fits, sparse_causal
 
-RUNS_ON = {
-    "plain": ("cpu", "gpu", "tpu"),
-    "fused": ("tpu",),
-    "splash": ("tpu",),
-    "cudnn": ("gpu",),
-    "interpret": ("cpu", "gpu", "tpu"),
-}
-BEST: dict[str, Kernel] = {"tpu": "fused", "gpu": "cudnn"}
+EVERYWHERE = ("cpu", "gpu", "tpu")
+RUNS_ON = {"plain": EVERYWHERE, "fused": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",), "interpret": EVERYWHERE}
+FASTEST: dict[str, Kernel] = {"tpu": "fused", "gpu": "cudnn"}
 
-# Below this number of tokens the scores are small and most of a kernel's block would be padding.
+# With fewer tokens, the scores are small and most of a kernel's block would be padding.
 MIN_KERNEL_TOKENS = 512
 
-# The scores of all frames together would be the largest array of the network (2 GB a frame at 512²). They are computed
-# for as many frames at a time as fit into this size, and recomputed in the backward pass.
+# The scores of all frames would be the largest array of the network (2 GB a frame at 512²). They are computed for as
+# many frames at a time as fit into this size, and recomputed in the backward pass.
 MAX_SCORE_BYTES = 2**30
 
 SPLASH_LANES, SPLASH_BLOCK = 128, 1024
@@ -50,21 +45,19 @@ SPLASH_LANES, SPLASH_BLOCK = 128, 1024
 def choose_kernel(name: str, platform: str) -> Kernel:
     """The kernel to use on a platform: the fastest one for "auto", else the named one."""
     if name == "auto":
-        return BEST.get(platform, "plain")
-    kernels: tuple[Kernel, ...] = get_args(Kernel)
-    if name not in kernels:
-        raise InputError(f"attention kernel {name!r} is not one of auto, {', '.join(kernels)}")
+        return FASTEST.get(platform, "plain")
+    check_choice("model.kernel", name)
     if platform not in RUNS_ON[name]:
-        supported = [kernel for kernel in kernels if platform in RUNS_ON[kernel] and kernel != "interpret"]
+        supported = [kernel for kernel in RUNS_ON if platform in RUNS_ON[kernel] and kernel != "interpret"]
         raise InputError(
             f"attention kernel {name!r} runs on {' and '.join(RUNS_ON[name])} only, and this is {platform}; use "
             f"auto or {' or '.join(supported)}"
         )
-    return name
+    return name  # pyright: ignore[reportReturnType]
 
 
 def attention_batch_size(queries: int, keys: int, heads: int) -> int:
-    """For how many frames the scores are computed at the same time."""
+    """How many frames' scores are computed at a time."""
     return max(1, MAX_SCORE_BYTES // (4 * queries * keys * heads))
 
 
@@ -78,31 +71,29 @@ def full_attention(
 ) -> Float[Array, "*batch T N D"]:
     """Attention over all keys, or over those where `key_mask` is true. Every leading axis is a batch axis.
 
-    Scores and softmax are in float32 whatever the input's type, as `upcast_attention` in Stable Diffusion 2.1's config
-    asks. With `cudnn`, cuDNN's kernel is used for the shapes and types that it supports.
+    Scores and softmax are in float32 for any dtype of the input, as Stable Diffusion 2.1's `upcast_attention` requires.
+    With `cudnn`, cuDNN's kernel is used for the shapes and dtypes that it supports.
     """
-    batch = q.shape[:-3]
-    if cudnn and key_mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
-        four = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
-        return jax.nn.dot_product_attention(*four, implementation="cudnn").reshape(q.shape)
-    flat = math.prod(batch)
-    q, k, v = (x.reshape(flat, *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
+    shape = q.shape
+    q, k, v = (x.reshape(math.prod(shape[:-3]), *x.shape[-3:]) for x in (q, k, v))  # [n, T or S, N, D]
     mask = None if key_mask is None else key_mask[None, None, None]  # [1, 1, 1, S]
-    group = attention_batch_size(q.shape[1], k.shape[1], q.shape[2])
-    if group >= flat:
+    batch_size = attention_batch_size(q.shape[1], k.shape[1], q.shape[2])
+    if cudnn and mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    elif batch_size >= len(q):
         out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [n, T, N, D]
     else:
-        one = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv, mask=mask))
-        out = jax.lax.map(one, (q, k, v), batch_size=group)
-    return out.reshape(*batch, *out.shape[-3:])
+        attend = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv, mask=mask))
+        out = jax.lax.map(attend, (q, k, v), batch_size=batch_size)
+    return out.reshape(shape)
 
 
 def key_frames(x: Float[Array, "B F T N D"], attention: SpatialAttention) -> Float[Array, "B F S N D"]:
     """The keys (or values) of the frames that each frame attends to.
 
-    sparse-causal: frame 0 and the previous frame (frame 0 again for frames 0 and 1), so S = 2T. A frame other than
-    frame 0 does not attend to itself. The ablations: first-frame attends to frame 0 only; per-frame to the frame itself
-    only, as the 2D network does.
+    With "sparse-causal", frame 0 and the previous frame (for frames 0 and 1, frame 0 twice), so that S = 2T: only frame
+    0 attends to itself. The ablations: with "first-frame", frame 0; with "per-frame", the frame itself, as in the 2D
+    network.
     """
     if attention == "per-frame":
         return x
@@ -137,7 +128,7 @@ def frame_attention(
 def splash(
     q: Float[Array, "B F T N D"], k: Float[Array, "B F S N D"], v: Float[Array, "B F S N D"], *, interpret: bool = False
 ) -> Float[Array, "B F T N D"]:
-    """JAX's splash attention for TPUs, for each frame, over unmasked keys and values of any length."""
+    """JAX's splash attention, without a mask, for each frame."""
     from jax.experimental.pallas.ops.tpu import splash_attention as sa  # slow to import
 
     (b, f, t, n, d), s = q.shape, k.shape[2]
@@ -159,7 +150,7 @@ def splash(
     )
     mask = sa.MultiHeadMask([sa.FullMask((queries, keys))] * n)
     kernel = sa.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    # Padding has a segment id of its own, so that no query attends to it.
+    # Padded keys have another segment id, so that no query attends to them.
     segments = sa.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=jnp.asarray((np.arange(keys) >= s).astype(np.int32)))
     scaled = (to_heads(q, queries) / math.sqrt(d)).astype(q.dtype)  # splash attention does not scale
     out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(

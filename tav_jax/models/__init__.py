@@ -1,4 +1,4 @@
-"""The networks. They know nothing of files, run configs or the command line.
+"""The networks. They do not depend on files, run configs or the command line.
 
 Arrays are channels-last. Parameter paths follow Diffusers' names: `attn1.to_q` is the query projection of the spatial
 attention.

@@ -3,13 +3,16 @@
 Tokens are `[B, F, T, C]` with T = H·W; split into heads they are `[B, F, T, N, D]`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tav_jax.config import Kernel, SpatialAttention
 from tav_jax.distributed.sharding import CLIP, PROMPTS, REPLICATED, constrain, map_shards
-from tav_jax.kernels import Kernel, SpatialAttention, frame_attention, full_attention
+from tav_jax.kernels import frame_attention, full_attention
 from tav_jax.models.conditioning import Conditioning
 from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.remat import checkpoint_attention
@@ -34,10 +37,8 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "*b T c"], context: Float[Array, "*b2 S e"]):
         """Queries of x, keys and values of the context, split into heads `[..., N, D]`."""
-        return tuple(
-            y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)  # [..., N, D]
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
+        return tuple(y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads) for y in projected)
 
     def output(self, x: Float[Array, "*b T N D"]) -> Float[Array, "*b T c"]:
         return self.to_out[0](checkpoint_attention(x.reshape(*x.shape[:-2], -1)))
@@ -51,16 +52,16 @@ class Attention(nnx.Module):
 
     def cross(self, x: Float[Array, "B F T c"], conditioning: Conditioning) -> Float[Array, "B F T c"]:
         """Every token attends to the text embeddings, which all frames share."""
-        # Frames are folded into the query axis; the alternative is to repeat keys and values for every frame.
+        # Frames are folded into the query axis, so that keys and values need not be repeated for every frame.
         b, f, t, c = x.shape
         q, k, v = self.project(x.reshape(b, f * t, c), conditioning.text)  # [B, F·T, N, D], [B, L, N, D]
         return self.output(map_shards(full_attention, q, k, v, specs=(CLIP, PROMPTS, PROMPTS))).reshape(b, f, t, c)
 
     def temporal(self, x: Float[Array, "B F T c"], conditioning: Conditioning) -> Float[Array, "B F T c"]:
-        """Every position attends to itself in all real frames: not causal, without position encoding."""
-        # On a mesh, positions are sharded in here and frames outside: two all-to-alls. Left to itself, XLA gathers the
-        # clip on every device. The input is constrained as well; otherwise the sharding over positions propagates
-        # backwards through the network and the keys of every block are gathered.
+        """Every position attends to itself in all frames but padding: not causal, without position encoding."""
+        # On a mesh, positions are sharded in here and frames outside, which costs two all-to-alls. Without constraints
+        # XLA gathers the clip on every device. Without the constraint on the input, the sharding over positions
+        # propagates backwards through the network, and the keys of every block are gathered.
         x = constrain(jnp.swapaxes(constrain(x, CLIP), 1, 2), CLIP)  # [B, T, F, C]
         mask = () if conditioning.frame_mask is None else (conditioning.frame_mask,)
         qkv = self.project(x, x)  # [B, T, F, N, D]
@@ -92,7 +93,7 @@ class TransformerBlock(nnx.Module):
         *,
         spatial_attention: SpatialAttention,
         temporal_attention: bool,
-        kernel: Kernel = "plain",
+        kernel: Kernel,
         dtype,
         rngs,
     ):
@@ -107,7 +108,7 @@ class TransformerBlock(nnx.Module):
         self.norm3 = layer_norm(dim, **kw)
         self.ff = FeedForward(dim, **kw)
         self.norm_temp = layer_norm(dim, **kw)
-        # A zero output, bias included, makes one frame through the inflated network equal to the 2D network.
+        # Zero weights and bias of the output: for a single frame, the inflated network equals the 2D network.
         self.attn_temp = Attention(dim, dim, heads, zero_output=True, **kw)
 
     def __call__(self, x: Float[Array, "B F T c"], conditioning: Conditioning) -> Float[Array, "B F T c"]:
@@ -120,7 +121,8 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Pixels to tokens, one transformer block, and back. Its group norm is per frame."""
+    """Latents to tokens, one transformer block, and back, with a residual. The group norm is per frame. `attention`:
+    the options of `TransformerBlock`."""
 
     def __init__(
         self,
@@ -130,18 +132,15 @@ class Transformer(nnx.Module):
         *,
         groups: int,
         linear_projection: bool,
-        spatial_attention: SpatialAttention,
-        temporal_attention: bool,
-        kernel: Kernel = "plain",
         dtype,
         rngs,
+        **attention: Any,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
 
         def projection():  # the same arithmetic; the 1×1 convolution keeps the tensor shapes of Stable Diffusion 1.x
             return nnx.Linear(dim, dim, **kw) if linear_projection else Conv(dim, dim, (1, 1), **kw)
 
-        attention = {"spatial_attention": spatial_attention, "temporal_attention": temporal_attention, "kernel": kernel}
         self.norm = group_norm(dim, groups, 1e-6, **kw)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List([TransformerBlock(dim, text_dim, heads, **attention, **kw)])
@@ -149,8 +148,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B F H W c"], conditioning: Conditioning) -> Float[Array, "B F H W c"]:
         b, f, h, w, c = x.shape
-        tokens = jax.vmap(self.norm)(x)  # statistics of each frame
-        tokens = self.proj_in(tokens).reshape(b, f, h * w, c)  # [B, F, T, C]
+        tokens = self.proj_in(jax.vmap(self.norm)(x)).reshape(b, f, h * w, c)  # [B, F, T, C]
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
         return x + self.proj_out(tokens.reshape(x.shape))

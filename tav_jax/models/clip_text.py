@@ -43,10 +43,8 @@ class SelfAttention(nnx.Module):
         self.out_proj = nnx.Linear(dim, dim, **kw)
 
     def __call__(self, x: Float[Array, "n L D"]) -> Float[Array, "n L D"]:
-        q, k, v = (
-            y.reshape(*y.shape[:-1], self.heads, -1)  # [n, L, N, d]
-            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        )
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.reshape(*y.shape[:-1], self.heads, -1) for y in projected)  # [n, L, N, d]
         return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
 
 
@@ -94,7 +92,7 @@ class Encoder(nnx.Module):
 
 
 class ClipText(nnx.Module):
-    """The last hidden state after the final norm, as Stable Diffusion uses it. No padding mask."""
+    """The last hidden state after the final norm, which Stable Diffusion uses. Padding is not masked."""
 
     def __init__(self, config: ClipTextConfig, *, dtype=jnp.float32, rngs):
         kw = {"dtype": dtype, "rngs": rngs}

@@ -25,7 +25,7 @@ Run = Callable[..., Any]  # run(block, *arrays, **static) → block(*arrays, **s
 
 
 class Remat(NamedTuple):
-    """How a block and how a level of blocks are called."""
+    """How to call a block, and how to call a level of blocks."""
 
     block: Run
     level: Run
@@ -37,12 +37,8 @@ def policy(remat: str | bool) -> Remat:
         return Remat(_call, _call)
     if name == "level":
         return Remat(_remat(None), _remat(None))
-    saved = {
-        "products": _is_linear,
-        "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
-        "block": None,
-    }[name]
-    return Remat(_remat(saved), _call)
+    attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    return Remat(_remat({"products": _is_linear, "attention": attention, "block": None}[name]), _call)
 
 
 def checkpoint_attention(x: jax.Array) -> jax.Array:
@@ -55,7 +51,7 @@ def _call(block: Callable[..., Any], *args: Any, **static: Any) -> Any:
 
 def _remat(saveable: Callable[..., bool] | None) -> Run:
     def run(block, *args, **static):
-        # The block is an argument: arrays that the function closes over would be kept as well.
+        # The block is an argument, because `jax.checkpoint` also keeps arrays that its function closes over.
         return jax.checkpoint(lambda block, *args: block(*args, **static), policy=saveable)(block, *args)
 
     return run
@@ -63,6 +59,5 @@ def _remat(saveable: Callable[..., bool] | None) -> Run:
 
 def _is_linear(primitive, *args, **parameters) -> bool:
     """Products of weights and activations, but not those of attention, which have batch dimensions (the heads)."""
-    return primitive.name == "conv_general_dilated" or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
-        primitive, *args, **parameters
-    )
+    is_dot = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or is_dot(primitive, *args, **parameters)

@@ -1,7 +1,7 @@
 """Convolutional layers that the UNet and the VAE share.
 
-Inputs are `[..., H, W, C]`. A convolution treats all leading axes as a batch, so a kernel of the 2D network is the
-1×3×3 kernel of the video network.
+Inputs are `[..., H, W, C]`. A convolution treats all leading axes as batch axes, so that a 3×3 kernel of the 2D network
+is used as the 1×3×3 kernel of the video network.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ Padding = int | Sequence[tuple[int, int]]
 
 
 class Conv(nnx.Conv):
-    """`nnx.Conv`, under `shard_map` for a clip `[B, F, H, W, C]`: XLA's convolution has one batch axis, and merging the
-    two sharded axes B and F into it would gather the clip."""
+    """`nnx.Conv`, run under `shard_map` for a clip `[B, F, H, W, C]`: XLA's convolution has a single batch axis, and
+    merging the sharded axes B and F into it would gather the clip on every device."""
 
     def __call__(self, inputs: Float[Array, "*b h w cin"], *rest: Any, **options: Any) -> Float[Array, "*b h2 w2 cout"]:
         if inputs.ndim < 5:
@@ -35,8 +35,7 @@ class Conv(nnx.Conv):
 
 
 def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Padding | None = None, dtype, rngs) -> Conv:
-    if padding is None:  # equal on both sides, as in torch; XLA's "SAME" differs at stride 2
-        padding = size // 2
+    padding = size // 2 if padding is None else padding  # as in torch; XLA's "SAME" differs at stride 2
     return Conv(cin, cout, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
 
 
@@ -81,8 +80,8 @@ class Downsample(nnx.Module):
         return self.conv(x)
 
 
-def nearest(x: Float[Array, "*lead h w c"], size: tuple[int, int]) -> Float[Array, "*lead h2 w2 c"]:
-    """Nearest-neighbour resize with torch's source index, `i · in // out`."""
+def resize_nearest(x: Float[Array, "*lead h w c"], size: tuple[int, int]) -> Float[Array, "*lead h2 w2 c"]:
+    """Nearest-neighbor resize with torch's source index, `i · in // out`."""
     for axis, out in zip((-3, -2), size, strict=True):
         source = x.shape[axis]
         if out == 2 * source:
@@ -93,7 +92,7 @@ def nearest(x: Float[Array, "*lead h w c"], size: tuple[int, int]) -> Float[Arra
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour resize to `size`, by default twice H and W, and a convolution."""
+    """Nearest-neighbor resize to `size`, by default twice H and W, and a convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
@@ -101,4 +100,4 @@ class Upsample(nnx.Module):
     def __call__(
         self, x: Float[Array, "*lead h w c"], size: tuple[int, int] | None = None
     ) -> Float[Array, "*lead h2 w2 c"]:
-        return self.conv(nearest(x, size or (2 * x.shape[-3], 2 * x.shape[-2])))
+        return self.conv(resize_nearest(x, size or (2 * x.shape[-3], 2 * x.shape[-2])))

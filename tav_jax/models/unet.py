@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from tav_jax.config import Kernel, SpatialAttention
 from tav_jax.distributed.sharding import pad_frames, unpad_frames
-from tav_jax.kernels import Kernel, SpatialAttention
 from tav_jax.models.attention import Transformer
 from tav_jax.models.conditioning import Conditioning
 from tav_jax.models.norms import group_norm, group_norm_mask
@@ -19,14 +19,14 @@ from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes and options. A tuple has one entry per level, from fine to coarse."""
+    """Sizes and options. A tuple has one entry per level, from high to low resolution."""
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     down_attention: tuple[bool, ...] = (True, True, True, False)  # levels with transformers
-    up_attention: tuple[bool, ...] = (False, True, True, True)  # from coarse to fine
+    up_attention: tuple[bool, ...] = (False, True, True, True)  # from low to high resolution
     heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
@@ -48,7 +48,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Num[Array, "B"], dim: int, flip_sin_to_cos: bool, shift: int) -> Float[Array, "B dim"]:
-    """Sinusoidal embedding. In float32: at t ≈ 1000 the rounding of a 16-bit frequency is a different angle."""
+    """Sinusoidal embedding, in float32: at t ≈ 1000, a frequency rounded to 16 bits would give another angle."""
     half = dim // 2
     frequency = np.exp(-math.log(10000) * np.arange(half, dtype=np.float32) / np.float32(half - shift))
     angle = t.astype(jnp.float32)[:, None] * frequency  # [B, dim/2]
@@ -196,7 +196,7 @@ class UNet(nnx.Module):
         x = self.mid_block(x, time, conditioning, run=run.block)
         for block in self.up_blocks:
             consumed = [skips.pop() for _ in block.resnets]
-            # The size of the next skip connection: twice as large, or one less where the latents do not divide.
+            # Up to the size of the next skip connection: twice this one, or one less where that size is odd.
             size = skips[-1].shape[-3:-1] if skips else None
             x = run.level(block, x, time, conditioning, consumed, run=run.block, size=size)
         x = self.conv_norm_out(x, mask=group_norm_mask(frame_mask, x))

@@ -1,5 +1,6 @@
 """The autoencoder of Stable Diffusion, which works on single frames: `[N, H, W, 3]` ⇄ `[N, h, w, 4]`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class VAEConfig:
 
 
 class Posterior(NamedTuple):
-    """The encoder's Gaussian, not multiplied by the scaling factor."""
+    """The encoder's Gaussian, before scaling."""
 
     mean: Float[Array, "N h w c"]
     std: Float[Array, "N h w c"]
@@ -81,21 +82,21 @@ class Level(nnx.Module):
     def __call__(self, x: Float[Array, "N h w c"]) -> Float[Array, "N h2 w2 c2"]:
         for resnet in self.resnets:
             x = resnet(x)
-        for resample in self.downsamplers if self.resize == "down" else self.upsamplers:
-            x = resample(x)
+        for resize in self.downsamplers if self.resize == "down" else self.upsamplers:
+            x = resize(x)
         return x
+
+
+def levels(widths: Sequence[int], layers: int, groups: int, resize: str, **kw) -> list[Level]:
+    inputs, last = (widths[0], *widths), len(widths) - 1
+    return [Level(inputs[i], cout, layers, groups, resize, i == last, **kw) for i, cout in enumerate(widths)]
 
 
 class Encoder(nnx.Module):
     def __init__(self, config: VAEConfig, **kw):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = conv(config.in_channels, widths[0], **kw)
-        self.down_blocks = nnx.List(
-            [
-                Level(cin, cout, config.layers_per_block, groups, "down", i == len(widths) - 1, **kw)
-                for i, (cin, cout) in enumerate(zip((widths[0], *widths), widths, strict=False))
-            ]
-        )
+        self.down_blocks = nnx.List(levels(widths, config.layers_per_block, groups, "down", **kw))
         self.mid_block = MidBlock(widths[-1], groups, **kw)
         self.conv_norm_out = group_norm(widths[-1], groups, EPSILON, **kw)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, **kw)
@@ -112,12 +113,7 @@ class Decoder(nnx.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = conv(config.latent_channels, widths[0], **kw)
         self.mid_block = MidBlock(widths[0], groups, **kw)
-        self.up_blocks = nnx.List(
-            [
-                Level(cin, cout, config.layers_per_block + 1, groups, "up", i == len(widths) - 1, **kw)
-                for i, (cin, cout) in enumerate(zip((widths[0], *widths), widths, strict=False))
-            ]
-        )
+        self.up_blocks = nnx.List(levels(widths, config.layers_per_block + 1, groups, "up", **kw))
         self.conv_norm_out = group_norm(widths[-1], groups, EPSILON, **kw)
         self.conv_out = conv(widths[-1], config.out_channels, **kw)
 
