@@ -241,20 +241,16 @@ def _as_type(value: Any, default: Any) -> Any:
     return value if type(value) is type(default) else None
 
 
-def _text_problems(name: str, value: Any) -> Iterator[str]:
+def _problems(name: str, value: Any) -> Iterator[str]:
     texts = value if isinstance(value, tuple) else (value,) * isinstance(value, str)
     for text in texts:
-        # A file name may be any bytes but NUL; a prompt must be valid text.
+        # A file name may contain any byte but NUL; a prompt must be valid UTF-8.
         if "\0" in text or (not name.endswith(".path") and not is_utf8(text)):
             yield f"{name} is {short_repr(text)}; it must be valid UTF-8 without NUL"
         elif len(text) > MAX_TEXT:
             yield f"{name} has {len(text)} characters; it must have at most {MAX_TEXT}"
     if len(texts) > MAX_LIST:
         yield f"{name} is a list of {len(texts)}; it must have at most {MAX_LIST}"
-
-
-def _problems(name: str, value: Any) -> Iterator[str]:
-    yield from _text_problems(name, value)
     if name in CHOICES and value not in CHOICES[name]:
         yield f"{name} is {short_repr(value)}; it must be one of {', '.join(CHOICES[name])}"
     if name in ("clip.height", "clip.width") and (problem := _side_problem(name, value, None)):

@@ -138,7 +138,7 @@ class TuneAVideo:
     def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
         """Text embeddings, one row for each text."""
         ids = self.tokenize([texts] if isinstance(texts, str) else texts)
-        with self.numerics():
+        with self.jit_context():
             return programs.encode_text(self.components.text_encoder, jnp.asarray(ids))
 
     def encode_video(self, frames: Frames) -> Float[Array, "1 F h w c"]:
@@ -151,7 +151,7 @@ class TuneAVideo:
         if processes.is_multiprocess():
             processes.check_same({"the clip": hashlib.blake2b(frames.tobytes(), digest_size=8).hexdigest()})
         workload, batch_size = self._vae_workload("encoding", *frames.shape[:3])
-        with memory.checked(workload), self.numerics():
+        with memory.checked(workload), self.jit_context():
             mean, std = programs.encode_frames(self.components.vae, jnp.asarray(frames), batch_size=batch_size)
         return Posterior(mean[None], std[None])  # [1, F, h, w, 4]
 
@@ -160,7 +160,7 @@ class TuneAVideo:
         latents, factor = jnp.asarray(latents, jnp.float32), self._downsampling
         n, frames, height, width, _ = latents.shape
         workload, batch_size = self._vae_workload("decoding", n * frames, height * factor, width * factor)
-        with memory.checked(workload), self.numerics():
+        with memory.checked(workload), self.jit_context():
             return jax.block_until_ready(programs.decode_frames(self.components.vae, latents, batch_size=batch_size))
 
     def unet(
@@ -168,7 +168,7 @@ class TuneAVideo:
     ) -> Float[Array, "B F h w c"]:
         """One call of the video UNet."""
         latents, timesteps = jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps)
-        with self.numerics():
+        with self.jit_context():
             return programs.call_unet(self.components.unet, latents, timesteps, Conditioning(jnp.asarray(text)))
 
     # ------------------------------------------------------------------------------------------- tuning
@@ -279,7 +279,7 @@ class TuneAVideo:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
-            raise InputError("the list of prompts is empty; give at least one (an empty text is a valid prompt)")
+            raise InputError("the list of prompts is empty; give at least one (an empty string is a valid prompt)")
         validation.strength(strength, from_clip=latents is not None)
         table, sampler = self.schedule.sampling_steps(steps, inversion_steps), get_sampler(sampler)
         if latents is None:
@@ -290,6 +290,7 @@ class TuneAVideo:
         negative = [] if scale is None else [negative_prompt] * len(prompts)
         prompted = Conditioning(self.encode_text([*negative, *prompts]))  # [2P or P, L, D]
         memory.check(self.memory_estimator.denoising("sampling", latents, rows=len(prompted.text)))
+
         unprompted, before = steps - prompted_steps(steps, strength), None
         # Chunks of one size for both loops, so that another strength does not compile them again.
         chunk = programs.chunk_size(steps) if unprompted else None
@@ -304,6 +305,7 @@ class TuneAVideo:
             latents, trajectory = self._denoise("sampling", latents, prompted, rest, **options)
         if before is not None and trajectory is not None:  # [N, P, F, h, w, 4]
             trajectory = jnp.concatenate([jnp.broadcast_to(before, (unprompted, *latents.shape)), trajectory])
+
         nonfinite.check_latents("sampling", latents, self.dtype.name)
         edits = [self._decode_edit(i, text, latents, trajectory, fps) for i, text in enumerate(prompts)]
         return edits[0] if isinstance(prompt, str) else edits
@@ -315,7 +317,7 @@ class TuneAVideo:
             chunk = programs.chunk_size(len(steps.timestep))
         options |= {"prediction": self.schedule.prediction, "chunk": chunk, "report": report}
         workload = self.memory_estimator.denoising(name, latents, rows=len(conditioning.text))
-        with memory.checked(workload), self.numerics():
+        with memory.checked(workload), self.jit_context():
             return programs.run_denoise_loop(self.components.unet, latents, conditioning, steps, **options)
 
     def _decode_edit(self, i: int, prompt: str, latents, trajectory, fps: float | None) -> Edit:
@@ -359,9 +361,9 @@ class TuneAVideo:
     def memory_estimator(self) -> memory.Estimator:
         return memory.Estimator.of(self.components.unet, self.components.vae, self.dtype, self.mesh)
 
-    def numerics(self) -> contextlib.AbstractContextManager[None]:
-        """The context of every jitted call: the mesh and the precision of matrix products."""
-        return programs.numerics(self.dtype, self.mesh)
+    def jit_context(self) -> contextlib.AbstractContextManager[None]:
+        """The context of every jitted call: the mesh, and the precision of matrix products."""
+        return programs.jit_context(self.dtype, self.mesh)
 
     def _vae_workload(self, name: str, frames: int, height: int, width: int) -> tuple[memory.Workload, int]:
         """What the VAE needs for a clip, and how many frames it processes at a time."""

@@ -57,7 +57,7 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) 
 def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:
     """Bytes of the largest all-gather result in one step of guided sampling with two prompts."""
     rows, text = np.concatenate([latents] * 4), np.asarray(tav.encode_text(["", "", "blue", "red"]))
-    with tav.numerics():
+    with tav.jit_context():
         arguments = (tav.components.unet, rows, np.full(4, 500, np.int32), Conditioning(text))
         compiled = programs.call_unet.lower(*arguments).compile()
     found = hlo.collectives(compiled.as_text(), jax.device_count())

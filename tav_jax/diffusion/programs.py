@@ -23,7 +23,7 @@ VAE_PIXELS = 4 * 512 * 512  # that the VAE processes at a time: few enough that 
 
 
 @contextlib.contextmanager
-def numerics(dtype: Any, mesh: Mesh | None) -> Iterator[None]:
+def jit_context(dtype: Any, mesh: Mesh | None) -> Iterator[None]:
     """The context of every call: the mesh and, for float32 models, matrix products in full float32 (the default on
     accelerators is lower precision)."""
     exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()

@@ -33,8 +33,7 @@ class Options(NamedTuple):
     """Static parameters of the kernel."""
 
     tokens: int  # without padding
-    queries: int  # per block
-    keys: int  # per tile
+    block: int  # queries per block, and keys per tile
     halo: bool  # whether the first frame's previous frame may be on another device
     interpret: bool
 
@@ -63,16 +62,16 @@ def _over_keys(options: Options, padded: int, visit) -> None:
     """Call `visit(slice, start)` for every tile of keys."""
 
     def step(j, _):
-        start = pl.multiple_of(j * options.keys, options.keys)
-        visit(pl.ds(start, options.keys), start)
+        start = pl.multiple_of(j * options.block, options.block)
+        visit(pl.ds(start, options.block), start)
 
-    jax.lax.fori_loop(0, padded // options.keys, step, None)
+    jax.lax.fori_loop(0, padded // options.block, step, None)
 
 
 def _scores(options: Options, k, q, start):
     """Scores `[keys, queries]` for exponentials with base 2. Padded keys are masked."""
     s = _dot(k, q, (0, 0)) * (math.log2(math.e) / math.sqrt(q.shape[0]))
-    if options.tokens % options.keys == 0:
+    if options.tokens % options.block == 0:
         return s
     rows = start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
     return jnp.where(rows < options.tokens, s, -jnp.inf)
@@ -180,7 +179,7 @@ def _call(kernel, options: Options, offset, inputs, outputs, scratch, *, product
         functools.partial(kernel, options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, heads, frames, tokens // options.queries),
+            grid=(batch, heads, frames, tokens // options.block),
             in_specs=[block for _, block in inputs],
             out_specs=[block for _, block in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -208,10 +207,10 @@ class _Blocks(NamedTuple):
     @classmethod
     def of(cls, options: Options, q: jax.Array) -> "_Blocks":
         frames, dim, tokens = q.shape[1], q.shape[3], q.shape[4]
-        one, whole = (None, None, None, dim, options.queries), (None, None, None, dim, tokens)
+        one, whole = (None, None, None, dim, options.block), (None, None, None, dim, tokens)
         return cls(
             pl.BlockSpec(one, lambda b, n, f, i, _: (b, f, n, 0, i)),
-            pl.BlockSpec((None, None, None, 1, options.queries), lambda b, n, f, i, _: (b, f, n, 0, i)),
+            pl.BlockSpec((None, None, None, 1, options.block), lambda b, n, f, i, _: (b, f, n, 0, i)),
             pl.BlockSpec(whole, lambda b, n, f, i, _: (b, 0, n, 0, 0)),
             pl.BlockSpec(whole, lambda b, n, f, i, _: (b, jnp.maximum(f - 1, 0), n, 0, 0)),
             pl.BlockSpec(whole, lambda b, n, f, i, _: (b, jnp.where(f == 0, frames - 1, f - 1), n, 0, 0)),
@@ -224,7 +223,7 @@ def _run_forward(options: Options, offset, q, k, v, first, halo):
     inputs += [(x, at.frame) for x in halo]
     sums = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[4]), jnp.float32)
     outputs = [(jax.ShapeDtypeStruct(q.shape, q.dtype), at.queries), (sums, at.rows)]
-    scratch = [(1, options.queries), (1, options.queries), (dim, options.queries)]
+    scratch = [(1, options.block), (1, options.block), (dim, options.block)]
     return _call(_forward_kernel, options, offset, inputs, outputs, scratch, products=2, name="sparse_causal_forward")
 
 
@@ -236,11 +235,9 @@ def _run_backward(options: Options, offset, q, k, v, first, halo, out, lse, g):
     whole = [(like(x.shape, jnp.float32), at.frame) for x in (*first, *halo)]
     outputs = [(like(q.shape, q.dtype), at.queries), *whole[:2]]
     outputs += [(like(x.shape, x.dtype), at.gradient) for x in (k, v)] + whole[2:]
-    scratch = [(dim, options.queries), (dim, tokens), (dim, tokens)]
-    name = "sparse_causal_backward"
-    dq, dk0, dv0, dk, dv, *dhalo = _call(
-        _backward_kernel, options, offset, inputs, outputs, scratch, products=5, name=name
-    )
+    scratch = [(dim, options.block), (dim, tokens), (dim, tokens)]
+    call = functools.partial(_call, products=5, name="sparse_causal_backward")
+    dq, dk0, dv0, dk, dv, *dhalo = call(_backward_kernel, options, offset, inputs, outputs, scratch)
     return dq, dk, dv, *(tuple(x.astype(k.dtype) for x in frame) for frame in ((dk0, dv0), dhalo))
 
 
@@ -280,7 +277,7 @@ def sparse_causal(
     frame 0 and the last frame of the previous device are transferred."""
     tokens = q.shape[2]
     padded, block = _padding(tokens)
-    options = Options(tokens, block, block, axis is not None, interpret)
+    options = Options(tokens, block, axis is not None, interpret)
 
     def to_kernel_layout(x):
         x = jnp.transpose(x, (0, 1, 3, 4, 2))  # [B, F, N, D, T]

@@ -21,7 +21,7 @@ from tav_jax.config import remat_name
 
 ATTENTION = "attention"  # the `checkpoint_name` of attention outputs
 
-Run = Callable[..., Any]  # run(block, *arrays, **static) → block(*arrays, **static)
+Run = Callable[..., Any]  # run(block, *arrays, **static) computes block(*arrays, **static)
 
 
 class Remat(NamedTuple):

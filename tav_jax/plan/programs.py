@@ -225,7 +225,7 @@ def build_program(job: Job, name: str) -> Program:
     vae_batch = programs.vae_batch_size(job.frames, job.height, job.width, shapes.mesh)
 
     def program(function, arguments, options, beside=0, steps=1, job_steps=1, batch=1) -> Program:
-        context = programs.numerics(dtype, shapes.mesh)
+        context = programs.jit_context(dtype, shapes.mesh)
         return Program(name, function, arguments, options, context, beside, steps, job_steps, shapes.shards(batch))
 
     def denoise(count: int, guidance: bool, sampler: Any) -> Program:

@@ -55,7 +55,7 @@ class Trainer:
 
         @contextlib.contextmanager
         def context() -> Iterator[None]:
-            with memory.out_of_memory_errors(self.workload), tav.numerics():
+            with memory.out_of_memory_errors(self.workload), tav.jit_context():
                 yield
 
         options = {"seed": seed, "remat": remat, "fsdp": fsdp, "context": context}
