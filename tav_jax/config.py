@@ -242,7 +242,7 @@ def _as_type(value: Any, default: Any) -> Any:
 
 
 def _problems(name: str, value: Any) -> Iterator[str]:
-    texts = value if isinstance(value, tuple) else (value,) * isinstance(value, str)
+    texts = {str: (value,), tuple: value}.get(type(value), ())
     for text in texts:
         # A file name may contain any byte but NUL; a prompt must be valid UTF-8.
         if "\0" in text or (not name.endswith(".path") and not is_utf8(text)):
