@@ -14,7 +14,7 @@ from conftest import LOOKING_THERE, difference, with_libtpu
 
 from tav_jax import InputError, TuneAVideo, kernels
 from tav_jax.kernels import frame_attention
-from tav_jax.kernels.attention import splash
+from tav_jax.kernels.attention import key_frames, splash
 from tav_jax.kernels.sparse_causal import fits, sparse_causal
 
 WORKER = Path(__file__).parent / "kernel_worker.py"
@@ -84,7 +84,7 @@ def test_bfloat16_is_within_its_precision():
 @pytest.mark.parametrize("attention", ["sparse-causal", "first-frame", "per-frame"])
 def test_splash_is_the_formula_for_lengths_that_are_padded(attention):
     q, k, v = arrays(1, 3, 150, 2, 40)
-    ours = splash(q, kernels.key_frames(k, attention), kernels.key_frames(v, attention), interpret=True)
+    ours = splash(q, key_frames(k, attention), key_frames(v, attention), interpret=True)
     assert difference(ours, frame_attention(q, k, v, attention)) <= 2e-6
 
 
