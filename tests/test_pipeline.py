@@ -225,7 +225,7 @@ def test_invert_takes_a_clip_its_frames_or_its_latents(sd1, clip):
 
 def test_a_long_prompt_is_truncated_with_a_warning(sd1):
     words = "red square " * 60 + "never read"
-    with pytest.warns(PromptCut, match=r"tokens and the text encoder reads 77: .*never read.* is ignored"):
+    with pytest.warns(PromptCut, match=r"tokens and the text encoder reads 77; .*never read.* is ignored"):
         sd1.tav.encode_text([words])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
