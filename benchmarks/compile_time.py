@@ -111,7 +111,12 @@ def rows(device: Any) -> Iterator[str]:
         return compile_function(*arguments, device=device, **options)
 
     empty = compiled(lambda x: x + 1, (8, 128))
-    yield "| | compiled in | code |"
+    yield "# Compile times of the UNet's parts on a v5e"
+    yield ""
+    yield "Each part is compiled by itself, without a TPU; times are processor seconds. `benchmarks/compile_time.py` writes this"
+    yield "table; [`TPU_PLAN.md`](TPU_PLAN.md) interprets it."
+    yield ""
+    yield "| program | compiled in | code |"
     yield "|---|---:|---:|"
     for side, channels, heads in LEVELS:
         level = f"{channels} channels at {side}²"

@@ -96,7 +96,7 @@ def compiled(kernel: str, way: str, shape: Shape, frames: int, device: Any) -> d
 
 
 def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    yield "| chip | tokens / heads / size | kernel | | temporaries, MiB | GFLOP | moved, MiB | compiled in |"
+    yield "| chip | tokens × heads × head size | kernel | pass | temporaries, MiB | GFLOP | traffic, MiB | compiled in |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         memory = f"{row['temporaries'] / 2**20:.0f}" if "temporaries" in row else "does not fit"

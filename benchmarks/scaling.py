@@ -10,8 +10,8 @@ statistics of group norms are constant. Each of these messages takes a microseco
 torus.
 
 A step takes at least the time of its longest part, if the others overlap with it, and at most the sum of all parts. The
-last column says whether more chips still pay: not beyond one chip per frame, and not if twice the chips reduce the sum
-by less than a quarter.
+last column says whether the number of chips is efficient: there is at least one frame per chip, and each doubling of
+the chips reduces the sum by at least a quarter.
 """
 
 import json
@@ -26,7 +26,7 @@ from tav_jax.plan import chips
 
 HERE = Path(__file__).parent
 FRAMES, CHIPS = (8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MIN_GAIN = 0.75  # twice the chips pay if they take at most this share of the time
+MAX_TIME_RATIO = 0.75  # twice the chips are efficient if a step takes at most this fraction of the time
 HOP_SECONDS = 1e-6
 
 
@@ -119,29 +119,34 @@ class Model:
         latency = self.messages * HOP_SECONDS * (side + count // side) if count > 1 else 0.0
         return Step(self.peak(per_chip), flops, moved, sent, *seconds, latency)
 
-    def last_paying(self, frames: int) -> int:
-        """The largest number of chips that pays."""
-        pays = 1
+    def max_efficient(self, frames: int) -> int:
+        """The largest efficient number of chips."""
+        efficient = 1
         for count in CHIPS[1:]:
-            if count > frames or self.step(frames, count).most > MIN_GAIN * self.step(frames, count // 2).most:
+            if count > frames or self.step(frames, count).most > MAX_TIME_RATIO * self.step(frames, count // 2).most:
                 break
-            pays = count
-        return pays
+            efficient = count
+        return efficient
 
 
 def table(model: Model) -> str:
     lines = [
-        "| frames | chips | GB per chip | TFLOP per chip | HBM traffic, GB | sent, MB | a step, least–most | pays |",
+        "# Estimated scaling on v5e chips",
+        "",
+        "One training step of Stable Diffusion 1.4 at 512², interpolated from compiled programs. `benchmarks/scaling.py` writes",
+        "this table and describes the method; [`TPU_PLAN.md`](TPU_PLAN.md) interprets it.",
+        "",
+        "| frames | chips | GB per chip | TFLOP per chip | HBM traffic, GB | sent, MB | time per step | efficient |",
         "|" + "---:|" * 7 + "---|",
     ]
     for frames in FRAMES:
         for count in (c for c in CHIPS if c <= frames):
             s = model.step(frames, count)
             fits = "" if s.peak <= model.chip.hbm else " (too much)"
-            pays = "yes" if count <= model.last_paying(frames) else "no"
+            efficient = "yes" if count <= model.max_efficient(frames) else "no"
             lines.append(
                 f"| {frames} | {count} | {s.peak / 1e9:.1f}{fits} | {s.flops / 1e12:.1f} | {s.moved / 1e9:.1f} | "
-                f"{s.sent / 1e6:.0f} | {s.least * 1e3:.0f}–{s.most * 1e3:.0f} ms | {pays} |"
+                f"{s.sent / 1e6:.0f} | {s.least * 1e3:.0f}–{s.most * 1e3:.0f} ms | {efficient} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -153,17 +158,17 @@ def plot(model: Model) -> Any:
     figure = Figure(figsize=(9.8, 4.2), layout="constrained")
     limit = model.chip.hbm / 1e9
     time, memory = figure.subplots(1, 2)
-    time.set(title="a step at most, ms (filled: the last number of chips that pays)", ylim=(16, 8192))
+    time.set(title="upper bound of the time per step, ms (filled: largest efficient number)", ylim=(16, 8192))
     memory.set(title=f"GB per chip (dashed: a v5e has {limit:.1f})", ylim=(2, 128))
     memory.axhline(limit, color="#b00020", linestyle="--")
     for frames in FRAMES:
         counts = [count for count in CHIPS if count <= frames]
         steps = [model.step(frames, count) for count in counts]
         (line,) = time.plot(counts, [step.most * 1e3 for step in steps], "o-", markersize=4, markerfacecolor="white")
-        colour, last = line.get_color(), counts.index(model.last_paying(frames))
-        time.plot(counts[last], steps[last].most * 1e3, "o", color=colour, markersize=7)
+        color, last = line.get_color(), counts.index(model.max_efficient(frames))
+        time.plot(counts[last], steps[last].most * 1e3, "o", color=color, markersize=7)
         memory.plot(
-            counts, [step.peak / 1e9 for step in steps], "o-", markersize=4, color=colour, label=f"{frames} frames"
+            counts, [step.peak / 1e9 for step in steps], "o-", markersize=4, color=color, label=f"{frames} frames"
         )
     for axes in (time, memory):
         axes.set_xscale("log", base=2)
@@ -192,7 +197,7 @@ def main() -> int:
         raise SystemExit("benchmarks/plans needs tuning on v5e with two numbers of frames per chip; run tpu_plan.py")
     model = Model(points)
     save_svg(plot(model), HERE / "scaling.svg")
-    print(table(model))
+    print(table(model), end="")
     return 0
 
 

@@ -79,8 +79,8 @@ def compile_job(job: Job) -> None:
 
 def table() -> str:
     lines = [
-        "| | chips | clip | remat | fits | peak | arguments | temporary | code | TFLOP | HBM | touched "
-        "| a step, at least | limit | expected | compiled in |",
+        "| program | chips | clip | remat | fits | peak, GB | arguments, GB | temporaries, GB | code, GB | TFLOP "
+        "| HBM traffic, GB | accessed, GB | step, lower bound | limit | step, estimate | compiled in |",
         "|" + "---|" * 16,
     ]
     for job in JOBS:

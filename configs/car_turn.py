@@ -1,10 +1,10 @@
-"""The paper's jeep: data/car-turn.mp4 of github.com/showlab/Tune-A-Video, with Stable Diffusion 1.4.
+"""The jeep clip of the paper: data/car-turn.mp4 of github.com/showlab/Tune-A-Video, with Stable Diffusion 1.4.
 
     tav train --config=configs/car_turn.py --workdir=runs/car-turn
 
-Cost: as configs/man_skiing.py. Not measured on a GPU or TPU.
-Result: four previews in runs/car-turn/previews/step_000500, in which a car turns as in the clip, in the place or style
-of the prompt. Not measured: no weights of Stable Diffusion were available.
+Cost: that of configs/man_skiing.py. Not measured on a GPU or TPU.
+Result: four previews in runs/car-turn/previews/step_000500, in which a car turns as in the clip, in the place
+or style of the prompt. Not tested, because no weights of Stable Diffusion were available.
 """
 
 from tav_jax.config import get_config as default

@@ -1,11 +1,11 @@
-"""The paper's skier: data/man-skiing.mp4 of github.com/showlab/Tune-A-Video, with Stable Diffusion 1.4.
+"""The skiing clip of the paper: data/man-skiing.mp4 of github.com/showlab/Tune-A-Video, with Stable Diffusion 1.4.
 
     tav train --config=configs/man_skiing.py --workdir=runs/man-skiing
 
-Cost: as configs/default.py, and every 100 steps an inversion and four previews of 50 steps each. Not measured on a GPU
-or TPU.
-Result: four previews in runs/man-skiing/previews/step_000500, in which the figure of each prompt skis with the posture
-and the path of the man in the clip. Not measured: no weights of Stable Diffusion were available.
+Cost: that of configs/default.py and, every 100 steps, an inversion and four previews of 50 steps each. Not measured on
+a GPU or TPU.
+Result: four previews in runs/man-skiing/previews/step_000500, in which the figure of each prompt skis with the
+posture and the path of the man in the clip. Not tested, because no weights of Stable Diffusion were available.
 """
 
 from tav_jax.config import get_config as default

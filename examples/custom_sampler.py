@@ -1,10 +1,10 @@
-"""A sampler from outside the package: the two-step Adams–Bashforth method on the predicted noise.
+"""A sampler from outside the package: the two-step Adams–Bashforth method for the predicted noise.
 
-Run it on the embedded demo model with `python examples/custom_sampler.py`.
+    python examples/custom_sampler.py      # on the demo model
 
 A sampler is a class with `init` and `step`. Its state is any pytree with the current latents as `state.latents`; a
-multistep method keeps earlier predictions in it. The state is the carry of the jitted loop, also where progress is
-reported and the loop runs in chunks.
+multistep method keeps earlier predictions in it. The state is the carry of the jitted loop, and is passed on when the
+loop runs in chunks.
 """
 
 from typing import NamedTuple
@@ -20,14 +20,14 @@ from tav_jax.diffusion.schedule import predicted_x0_and_noise
 class AdamsBashforthState(NamedTuple):
     latents: jax.Array  # [B, F, h, w, 4]
     noise: jax.Array  # ε of the previous step, the same shape
-    h: jax.Array  # the previous step in σ
+    h: jax.Array  # the previous step size, in σ
 
 
 class AdamsBashforth(NamedTuple):
     """With `y = x/√ᾱ` and `σ = √(1−ᾱ)/√ᾱ`, DDIM is Euler's method for `dy/dσ = ε`: `y' = y + h·ε` with `h = σ' − σ`.
 
-    The two-step method is `y' = y + h·(ε + (ε − ε_previous)·h / (2·h_previous))`. Its first step is DDIM: `h_previous`
-    starts at infinity. Samplers are static arguments of `jit`, so they must be hashable, as a NamedTuple is.
+    The two-step method is `y' = y + h·(ε + (ε − ε_previous)·h / (2·h_previous))`. `h_previous`
+    starts at infinity, so the first step is a DDIM step. Samplers are static arguments of `jit`, so they must be hashable, as a NamedTuple is.
     """
 
     def init(self, latents):

@@ -1,7 +1,7 @@
 """The whole method on one clip: tune, invert, sample.
 
-python examples/tune.py --model=sd14 --clip=man-skiing.mp4 --prompt="a man is skiing" \
-    --edit="spider man is skiing on the beach" --edit="a panda is skiing"
+    python examples/tune.py --model=sd14 --clip=man-skiing.mp4 --prompt="a man is skiing" \
+        --edit="spider man is skiing on the beach" --edit="a panda is skiing"
 """
 
 import argparse
@@ -24,17 +24,17 @@ def main() -> None:
     parser.add_argument("--tuning-steps", type=int, default=500)
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=12.5)
-    a = parser.parse_args()
+    args = parser.parse_args()
 
-    tav = TuneAVideo.from_pretrained(a.model, dtype=a.dtype)
-    clip = load_video(a.clip, frames=a.frames, stride=a.stride, size=tuple(a.size))
-    result = tav.tune(clip, a.prompt, steps=a.tuning_steps)
+    tav = TuneAVideo.from_pretrained(args.model, dtype=args.dtype)
+    clip = load_video(args.clip, frames=args.frames, stride=args.stride, size=tuple(args.size))
+    result = tav.tune(clip, args.prompt, steps=args.tuning_steps)
     print(f"mean loss of the last 10 steps: {result.losses[-10:].mean():.4f}")
 
-    noise = tav.invert(clip, steps=a.sampling_steps)
-    a.out.mkdir(parents=True, exist_ok=True)
-    for i, edit in enumerate(tav.sample(a.edit, latents=noise, steps=a.sampling_steps, guidance=a.guidance)):
-        print("wrote", edit.save(a.out / f"edit-{i}.mp4"))
+    noise = tav.invert(clip, steps=args.sampling_steps)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, edit in enumerate(tav.sample(args.edit, latents=noise, steps=args.sampling_steps, guidance=args.guidance)):
+        print("wrote", edit.save(args.out / f"edit-{i}.mp4"))
 
 
 if __name__ == "__main__":
