@@ -29,10 +29,7 @@ STEPS_DTYPES = {"alpha": jnp.float32, "next_alpha": jnp.float32}  # the other co
 NAMES = ("tune", "invert", "sample", "encode", "decode")  # in the order in which a run calls them
 
 # Parts of a model's name that select a preset.
-PRESETS = {
-    "sd2": ("sd2", "stable-diffusion-2"),
-    "sd1": ("sd1", "stable-diffusion-v1", "stable-diffusion-1"),
-}
+PRESETS = {"sd2": ("sd2", "stable-diffusion-2"), "sd1": ("sd1", "stable-diffusion-v1", "stable-diffusion-1")}
 
 
 @dataclass(frozen=True)
@@ -237,12 +234,7 @@ def build_program(job: Job, name: str) -> Program:
             Steps(*(shapes.array((steps,), STEPS_DTYPES.get(name, jnp.int32)) for name in Steps._fields)),
             shapes.array(()),
         )
-        options = {
-            "sampler": sampler,
-            "prediction": model.prediction,
-            "use_guidance": guidance,
-            "trajectory": False,
-        }
+        options = {"sampler": sampler, "prediction": model.prediction, "use_guidance": guidance, "trajectory": False}
         return program(programs.denoise_loop, arguments, options, waiting, steps, count, batch)
 
     if name == "tune":
