@@ -1,1 +1,1 @@
-"""Devices and processes: mesh and sharding, memory, several processes, the compilation cache."""
+"""The device mesh and sharding, memory estimates, runs of several processes, and the compilation cache."""

@@ -17,27 +17,24 @@ def cache_directory() -> Path:
         if not os.access(wanted, os.W_OK):
             raise PermissionError
         return wanted
-    except (OSError, RuntimeError):  # no home directory, or one that is not writable
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return Path(tempfile.gettempdir()) / f"tav_jax-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def compiled_directory() -> Path:
-    """One directory for each kind of processor: CPU programs use the instruction set of the machine that compiled them,
-    and a home directory may be shared by different machines."""
-    return cache_directory() / "compiled" / _processor()
-
-
-def _processor() -> str:
+    """The cache's directory for this kind of processor: programs for CPUs use the instruction set of the machine that
+    compiled them, and machines with different processors may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        description = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+        processor = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
     except OSError:
-        description = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
+        processor = platform.processor()
+    digest = hashlib.sha256(processor.encode()).hexdigest()[:8]
+    return cache_directory() / "compiled" / f"{platform.machine()}-{digest}"
 
 
 def enable() -> None:
-    """Turn the cache on. JAX's own settings take precedence."""
+    """Turn the cache on, unless JAX already has a cache directory."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(compiled_directory()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -1,14 +1,16 @@
 """The device mesh, its axes `data` and `frames`, and the sharding of every array on it.
 
 Weights are replicated. The frames of a clip are sharded over `frames`; prompts and the rows of guidance over `data`.
-A clip whose frames do not divide is padded and masked (`pad_frames`), so 24 frames run on 16 devices with the same
-result. Any other axis that does not divide is not sharded: when XLA itself was asked to pad 6 frames to 4 devices, the
-sample was 3 % off (jax 0.10.2, CPU). Without a mesh these functions add nothing to a program.
+If the mesh does not divide the frames of a clip, the clip is padded and masked (`pad_frames`): 24 frames on 16 devices
+give the same result as on one. Any other axis that the mesh does not divide is not sharded, because padding by XLA is
+inexact: with 6 frames on 4 devices the sample was 3 % off (jax 0.10.2, CPU). Without a mesh these functions add nothing
+to a program.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -28,48 +30,43 @@ DEFAULT_FRAMES = 24
 
 
 def default_mesh_shape(devices: int, frames: int = DEFAULT_FRAMES) -> tuple[int, int]:
-    """(data, frames) for a number of devices. As many as possible go over frames, because tuning has nothing else to
-    shard; the rest go over prompts and the rows of guidance."""
-    over_frames = max(n for n in range(1, devices + 1) if devices % n == 0 and n <= max(frames, 1))
-    return devices // over_frames, over_frames
+    """(data, frames) for a number of devices. `frames` is as large as possible, because tuning has nothing else to
+    shard; `data` takes the rest."""
+    along_frames = max(n for n in range(1, devices + 1) if devices % n == 0 and n <= max(frames, 1))
+    return devices // along_frames, along_frames
 
 
 def make_mesh(
     shape: tuple[int, int] | None = None, *, frames: int = DEFAULT_FRAMES, devices: Sequence[Any] | None = None
 ) -> Mesh | None:
-    """The mesh (data, frames) on the first devices, or None for a single device. A 0 in `shape` is chosen to use all
-    devices."""
+    """The mesh (data, frames) on the first devices, or None for a single device. A 0 in `shape` stands for as many as
+    there are devices."""
     devices = jax.devices() if devices is None else devices
-    data, over_frames = shape or (0, 0)
-    if not data and not over_frames:
-        data, over_frames = default_mesh_shape(len(devices), frames)
-    data = data or max(1, len(devices) // over_frames)
-    over_frames = over_frames or max(1, len(devices) // data)
-    size = data * over_frames
+    data, along_frames = shape or (0, 0)
+    if not data and not along_frames:
+        data, along_frames = default_mesh_shape(len(devices), frames)
+    data = data or max(1, len(devices) // along_frames)
+    along_frames = along_frames or max(1, len(devices) // data)
+    name, size = f"a mesh of {data} × {along_frames} (data × frames)", data * along_frames
     if size > len(devices):
         raise InputError(
-            f"a mesh of {data} × {over_frames} (data × frames) needs {size} devices and there "
-            f"{'is' if len(devices) == 1 else 'are'} {len(devices)}; make mesh.data × mesh.frames at most that"
+            f"{name} needs {size} devices and there {'is' if len(devices) == 1 else 'are'} {len(devices)}; "
+            "make mesh.data × mesh.frames at most that"
         )
     if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:size]}:
         raise InputError(
-            f"a mesh of {data} × {over_frames} (data × frames) uses {size} of {len(devices)} devices, and none of "
-            f"process {', '.join(map(str, sorted(idle)))}; make mesh.data × mesh.frames {len(devices)}"
+            f"{name} uses {size} of {len(devices)} devices, and none of process "
+            f"{', '.join(map(str, sorted(idle)))}; make mesh.data × mesh.frames {len(devices)}"
         )
     if size == 1:
         return None
-    grid = np.array(devices[:size]).reshape(data, over_frames)
+    grid = np.array(devices[:size]).reshape(data, along_frames)
     return Mesh(grid, ("data", "frames"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-@contextlib.contextmanager
-def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Run jitted functions on this mesh."""
-    if mesh is None:
-        yield
-    else:
-        with jax.set_mesh(mesh):
-            yield
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """A context in which jitted functions run on this mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def mesh_axes() -> dict[str, int]:
@@ -85,7 +82,7 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def _divisible(x: Any, spec: P, sizes: dict[str, int]) -> P:
-    """The spec without the mesh axes that do not divide the array's axis."""
+    """The spec, with None for each array axis that its mesh axes do not divide."""
 
     def size(names: Any) -> int:
         return math.prod(sizes[name] for name in (names if isinstance(names, tuple) else (names,)))
@@ -96,9 +93,9 @@ def _divisible(x: Any, spec: P, sizes: dict[str, int]) -> P:
 def map_shards(function: Callable[..., jax.Array], *arrays: Any, specs: Sequence[P]) -> jax.Array:
     """`jax.shard_map` of a function; the result is sharded like the first array. A pytree of arrays must be replicated.
 
-    Used where XLA cannot partition an operation (a custom kernel) or partitions it badly: a reshape that merges two
-    sharded axes, `[B, T, …]` to `[B·T, …]` as in attention and convolutions, makes XLA gather both (jax 0.10.2), which
-    on a TPU is the whole clip at every layer.
+    Used where XLA cannot partition an operation (a custom kernel) or partitions it badly: for a reshape that merges two
+    sharded axes, `[B, T, …]` to `[B·T, …]` as in attention and convolutions, XLA gathers both (jax 0.10.2). On a TPU,
+    that is the whole clip in every layer.
     """
     sizes = mesh_axes()
     if not sizes:
@@ -108,8 +105,8 @@ def map_shards(function: Callable[..., jax.Array], *arrays: Any, specs: Sequence
 
 
 def pad_frames(clip: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Repeat a clip's last frame until the mesh divides their number. Gives the clip [B, F, …] and the mask of its real
-    frames [F], None where all are real."""
+    """Repeat the last frame of a clip until the mesh divides the number of frames. Returns the clip [B, F, …] and the
+    frame mask [F], which is False for padding; without padding, None."""
     frames = clip.shape[1]
     missing = -frames % mesh_axes().get("frames", 1)
     if not missing:
@@ -120,9 +117,7 @@ def pad_frames(clip: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 
 def unpad_frames(clip: jax.Array, frames: int) -> jax.Array:
     """The first `frames` frames."""
-    if clip.shape[1] == frames:
-        return constrain(clip, CLIP)
-    return constrain(clip, REPLICATED)[:, :frames]
+    return constrain(clip, CLIP) if clip.shape[1] == frames else constrain(clip, REPLICATED)[:, :frames]
 
 
 def device_put(tree: Tree, mesh: Mesh | None, *, fsdp: bool = False) -> Tree:
@@ -136,17 +131,17 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     local = not isinstance(x, jax.Array) or x.is_fully_addressable
     if sharding.is_fully_addressable or not local:
         return jax.device_put(x, sharding)
-    # On a mesh of several processes each process fills its own devices. `jax.device_put` would first send every array
-    # to all processes to check that they agree; `TuneAVideo` compares the fingerprints of the weights instead.
+    # On a mesh of several processes, each process writes to its own devices. `jax.device_put` would first send every
+    # array to all processes, to check that they are equal; `TuneAVideo` compares the weights' fingerprints instead.
     shards = sharding.addressable_devices_indices_map(x.shape)
     arrays = [jax.device_put(x if sharding.is_fully_replicated else x[part], device) for device, part in shards.items()]
     return jax.make_array_from_single_device_arrays(x.shape, sharding, arrays)
 
 
 def fsdp_spec(x: Any, mesh: Any) -> P:
-    """Shard the longest axis that all devices together divide; replicate where there is none."""
+    """Shard the longest axis that the number of devices divides; replicate the array if there is none."""
     count = math.prod(mesh.shape.values())
-    divisible = [axis for axis in range(x.ndim) if x.shape[axis] % count == 0 and x.shape[axis]]
+    divisible = [axis for axis, n in enumerate(x.shape) if n and n % count == 0]
     if not divisible:
         return REPLICATED
     longest = max(divisible, key=lambda axis: x.shape[axis])
@@ -154,6 +149,6 @@ def fsdp_spec(x: Any, mesh: Any) -> P:
 
 
 def constrain_fsdp(tree: Tree) -> Tree:
-    """Inside a jitted function: keep the arrays of a pytree sharded as `device_put(..., fsdp=True)` shards them."""
+    """Inside a jitted function: constrain the arrays of a pytree to the sharding of `device_put(..., fsdp=True)`."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, fsdp_spec(x, mesh)), tree)
