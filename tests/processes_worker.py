@@ -109,7 +109,7 @@ def diverge() -> dict:
 
 def late() -> dict:
     """Process 1 comes too late to an exchange."""
-    processes.LONGEST = 2
+    processes.GATHER_TIMEOUT = 2
     time.sleep(0 if processes.is_primary() else 30)
     return {"gathered": processes.gather("writing", 1)}
 

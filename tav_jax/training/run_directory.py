@@ -114,7 +114,7 @@ class RunDirectory:
     def create(self) -> "RunDirectory":
         if processes.is_primary():
             self.path.mkdir(parents=True, exist_ok=True)
-        processes.barrier("creating the directory")
+        processes.gather("creating the directory", None)  # wait for process 0
         return self
 
     # ------------------------------------------------------------------------------------------- one run at a time
