@@ -139,7 +139,7 @@ def _from_environment() -> Group | None:
         raise InputError(f"TAV_PROCESS is {index}; with TAV_PROCESSES={count} it must be 0 to {count - 1}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
-        raise InputError(f"TAV_COORDINATOR is {address!r}; it must be host:port of process 0, with a port below 65535")
+        raise InputError(f"TAV_COORDINATOR is {address!r}; it must be host:port of process 0, the port below 65535")
     return Group(address, count, index)
 
 
