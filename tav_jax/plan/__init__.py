@@ -1,6 +1,6 @@
 """`tav plan`: compile the programs of a run with the TPU compiler, without a TPU, and report what they need.
 
-The compiler (`libtpu`) is the one that a TPU machine uses, so its memory numbers are those of a real run.
+`libtpu`, the compiler, is the same on a TPU machine, so a real run needs the memory that it reports.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from tav_jax.errors import MissingError
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Without these, libtpu asks the cloud's metadata server for the machine type and warns that there is none.
+    # Without these, libtpu queries the cloud's metadata server for the machine type, and warns if there is no server.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",

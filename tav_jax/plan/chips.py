@@ -1,4 +1,4 @@
-"""TPU chips and topologies by name, with the peak numbers that a plan compares with."""
+"""TPU chips, with their memory and peak rates, and topologies by name."""
 
 import math
 import re
@@ -10,21 +10,17 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Rates are per chip and second. FLOPs are of bfloat16 products.
-
-    Sources: Google Cloud's TPU documentation, and "How to Scale Your Model" for the links. `hbm` is what the compiler
-    (libtpu) leaves to a program.
-    """
+    """Rates are per chip and second, from Google Cloud's documentation and, for links, "How to Scale Your Model"."""
 
     name: str
-    hbm: int  # bytes
-    flops: float
+    hbm: int  # bytes that the compiler (libtpu) makes available to a program
+    flops: float  # of bfloat16 products
     bandwidth: float  # bytes to and from HBM
     link: float  # bytes over one link in one direction
     compiler_name: str
     cores: int  # per chip; the number in a name such as v4-8 counts cores
     layouts: tuple[str, ...]
-    clock: float | None = None  # cycles per second, where it is published
+    clock: float | None = None  # cycles per second, if published
 
     @property
     def ring_bandwidth(self) -> float:
@@ -56,7 +52,7 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The cloud's name: v5e-8 has 8 chips; v5p-8 counts cores, two per chip, and has 4."""
+        """Google Cloud's name, whose number counts cores: v5e-8 has 8 chips; v5p-8 has 4, with two cores each."""
         return f"{self.chip.name}-{self.chips * self.chip.cores}"
 
     def devices(self) -> list[Any]:
@@ -72,19 +68,19 @@ class Topology(NamedTuple):
 
 
 def topologies_of(chip: Chip) -> list[Topology]:
-    """From few chips to many."""
+    """All topologies of a chip, by increasing size."""
     return [Topology(chip, layout) for layout in chip.layouts]
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5e-8` or `v5e:2x4`."""
-    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower())
-    family = ALIASES.get(match[1], match[1]) if match else ""
-    if match and family in CHIPS:
-        for topology in topologies_of(CHIPS[family]):
-            if match[3] == topology.layout or f"{family}-{match[2]}" == topology.name:
-                return topology
-        known = ", ".join(f"{t.name} ({t.layout})" for t in topologies_of(CHIPS[family]))
-        raise InputError(f"there is no topology {short_repr(name)}; the topologies of {family} are {known}")
-    known = "; ".join(", ".join(t.name for t in topologies_of(chip)) for chip in CHIPS.values())
-    raise InputError(f"there is no topology {short_repr(name)}; the topologies are {known}")
+    """The topology of a name such as `v5e-8` or `v5e:2x4`."""
+    text = name.strip().lower()
+    family = re.split("[-:]", text, maxsplit=1)[0]
+    chip = ALIASES.get(family, family)
+    canonical = text.replace(family, chip, 1)
+    known = [t for c in CHIPS.values() if c.name == chip or chip not in CHIPS for t in topologies_of(c)]
+    for topology in known:
+        if canonical in (topology.name, f"{chip}:{topology.layout}"):
+            return topology
+    names = ", ".join(f"{topology.name} ({topology.layout})" for topology in known)
+    raise InputError(f"there is no topology {short_repr(name)}; there are {names}")

@@ -1,4 +1,4 @@
-"""Compile one program for a TPU, report what it needs, and cache the report on disk."""
+"""Compile a program for a TPU, report what it needs, and cache the reports on disk."""
 
 import dataclasses
 import hashlib
@@ -18,12 +18,12 @@ import jax
 
 from tav_jax.plan import hlo
 from tav_jax.plan.chips import Topology
-from tav_jax.plan.programs import Job, Program, build_program
+from tav_jax.plan.programs import Job, Program, build_program, size
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one program needs. Bytes and FLOPs are per chip and for one call of the program, seconds for one step."""
+    """What one program needs: bytes and FLOPs per chip and call of the program, seconds per step."""
 
     name: str
     fits: bool
@@ -33,13 +33,13 @@ class Report:
     temporary_bytes: int = 0
     output_bytes: int = 0  # without those that reuse an argument's memory
     code_bytes: int = 0
-    beside_bytes: int = 0  # other arrays that the run keeps on the chip meanwhile
+    beside_bytes: int = 0  # other arrays of the run that stay on the chip
     flops: float = 0.0
     moved_bytes: float = 0.0  # to and from HBM; equal to `touched_bytes` where the HLO cannot be read
     touched_bytes: float = 0.0  # XLA's "bytes accessed", which includes accesses to VMEM
-    seconds: dict[str, float] = field(default_factory=dict)  # compute, memory, interconnect: the least of each
+    seconds: dict[str, float] = field(default_factory=dict)  # lower bounds for compute, memory and interconnect
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
-    expected_seconds: float = 0.0  # a step's time as estimated by the compiler; 0 if there is no estimate
+    expected_seconds: float = 0.0  # the compiler's estimate of a step's time; 0 if there is none
     steps: int = 1
     job_steps: int = 1
     trace_seconds: float = 0.0
@@ -48,86 +48,67 @@ class Report:
 
     @property
     def limit(self) -> str:
-        """The largest of `seconds`."""
-        return max(self.seconds, key=lambda name: self.seconds[name]) if self.seconds else ""
+        """Which of `seconds` is the largest."""
+        return max(self.seconds, key=self.seconds.__getitem__, default="")
 
     @property
     def step_seconds(self) -> float:
-        """The least time of a step: all else overlaps with its limit."""
+        """A lower bound for the time of a step, in which compute, memory and interconnect overlap."""
         return max(self.seconds.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "limit": self.limit,
-            "step_seconds": self.step_seconds,
-            "job_seconds": self.step_seconds * self.job_steps,
-        }
+        step = self.step_seconds
+        return asdict(self) | {"limit": self.limit, "step_seconds": step, "job_seconds": step * self.job_steps}
 
 
 def compile_program(program: Program, topology: Topology) -> Report:
-    """Trace and compile a program. One that needs more memory than a chip has gives a report, too."""
-    chip, begin = topology.chip, time.monotonic()
+    """Trace and compile a program. One that does not fit has a report, too."""
+    chip, steps, begin = topology.chip, program.steps, time.monotonic()
     with program.context:
-        traced = program.trace()
+        traced = program.function.trace(*program.arguments, **program.options)
         flops = hlo.count_flops(traced.jaxpr) / program.shards
         kernel_flops = hlo.count_flops(traced.jaxpr, hlo.KERNELS) / program.shards
         lowered = traced.lower()
         traced_at = time.monotonic()
-        common = {
-            "name": program.name,
-            "hbm_bytes": chip.hbm,
-            "argument_bytes": program.argument_bytes,
-            "beside_bytes": program.beside_bytes,
-            "flops": flops,
-            "steps": program.steps,
-            "job_steps": program.job_steps,
-            "trace_seconds": traced_at - begin,
-        }
+        values: dict[str, Any] = {"name": program.name, "steps": steps, "job_steps": program.job_steps, "flops": flops}
+        values |= {"hbm_bytes": chip.hbm, "beside_bytes": program.beside_bytes, "trace_seconds": traced_at - begin}
         try:
             compiled = lowered.compile()
         except Exception as error:  # the compiler raises one class for every failure
-            return _failure(str(error), common, time.monotonic() - traced_at)
-    common["compile_seconds"] = time.monotonic() - traced_at
+            values |= {"argument_bytes": size(program.arguments), "compile_seconds": time.monotonic() - traced_at}
+            return _failure(str(error), values)
+    values["compile_seconds"] = time.monotonic() - traced_at
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     assert cost is not None
-    # XLA counts a loop's body once; hardly anything happens outside of the loop over the steps.
-    touched = cost.get("bytes accessed", 0.0) * program.steps
+    # XLA counts a loop's body once; outside of the loop over the steps there is almost no work.
+    touched = cost.get("bytes accessed", 0.0) * steps
     text = hlo_text(compiled)
-    moved = hlo.hbm_bytes(text, program.steps) if text else touched
-    collectives = hlo.collectives(text, topology.chips, program.steps)
+    moved = hlo.hbm_bytes(text, steps) if text else touched
+    collectives = hlo.collectives(text, topology.chips, steps)
     seconds = {
-        "compute": flops / chip.flops / program.steps,
-        "memory": moved / chip.bandwidth / program.steps,
-        "interconnect": sum(c.sent_bytes for c in collectives) / chip.ring_bandwidth / program.steps,
+        "compute": flops / chip.flops / steps,
+        "memory": moved / chip.bandwidth / steps,
+        "interconnect": sum(c.sent_bytes for c in collectives) / chip.ring_bandwidth / steps,
     }
     expected = 0.0
-    if chip.clock and (cycles := hlo.estimated_cycles(text, program.steps)):
-        # Kernels and collectives have no estimate: their least times are added.
-        expected = (cycles / chip.clock + kernel_flops / chip.flops) / program.steps + seconds["interconnect"]
-    common["argument_bytes"] = memory.argument_size_in_bytes
+    if chip.clock and (cycles := hlo.estimated_cycles(text, steps)):
+        # The compiler does not estimate kernels and collectives: their lower bounds are added.
+        expected = (cycles / chip.clock + kernel_flops / chip.flops) / steps + seconds["interconnect"]
     sizes = {
+        "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
     }
-    peak = memory.argument_size_in_bytes + program.beside_bytes + sum(sizes.values())
-    return Report(
-        **common,
-        **sizes,
-        fits=peak <= chip.hbm,
-        peak_bytes=peak,
-        moved_bytes=moved,
-        touched_bytes=touched,
-        seconds=seconds,
-        expected_seconds=expected,
-        collectives={kind: total._asdict() for kind, total in hlo.total_by_kind(collectives).items()},
-    )
+    peak = program.beside_bytes + sum(sizes.values())
+    totals = {kind: total._asdict() for kind, total in hlo.total_by_kind(collectives).items()}
+    values |= {**sizes, "fits": peak <= chip.hbm, "peak_bytes": peak, "moved_bytes": moved, "touched_bytes": touched}
+    return Report(**values, seconds=seconds, expected_seconds=expected, collectives=totals)
 
 
 def hlo_text(compiled: Any) -> str:
-    """The HLO of a compiled program; empty where the compiler cannot print it (libtpu 0.0.52 for a v6e)."""
+    """The HLO of a compiled program; empty if the compiler cannot print it (libtpu 0.0.52 for a v6e)."""
     try:
         return compiled.as_text()
     except Exception as error:
@@ -143,16 +124,11 @@ _TEMPORARIES = re.compile(rf"total memory required for HLO temporaries \({_SIZE}
 _USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
 
 
-def _failure(message: str, common: dict[str, Any], compile_seconds: float) -> Report:
-    needed = needed_bytes(message, common["argument_bytes"])
-    return Report(
-        **common,
-        fits=False,
-        peak_bytes=needed + common["beside_bytes"] if needed else 0,
-        temporary_bytes=max((needed or 0) - common["argument_bytes"], 0),
-        compile_seconds=compile_seconds,
-        error="" if needed else " ".join(message.split())[:500],
-    )
+def _failure(message: str, values: dict[str, Any]) -> Report:
+    if not (needed := needed_bytes(message, values["argument_bytes"])):
+        return Report(**values, fits=False, peak_bytes=0, error=" ".join(message.split())[:500])
+    temporary = max(needed - values["argument_bytes"], 0)
+    return Report(**values, fits=False, peak_bytes=needed + values["beside_bytes"], temporary_bytes=temporary)
 
 
 def needed_bytes(message: str, argument_bytes: int) -> int | None:
@@ -168,9 +144,8 @@ def needed_bytes(message: str, argument_bytes: int) -> int | None:
 
 PACKAGE = Path(__file__).parent.parent
 # The code that defines the programs or reads the compiler's results.
-SOURCES = (
-    *("models", "kernels", "diffusion", "distributed/sharding.py", "training/train_step.py", "io/weights.py", "plan"),
-)
+SOURCES = ("models", "kernels", "diffusion", "plan")
+SOURCES += ("distributed/sharding.py", "training/train_step.py", "io/weights.py")
 VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
@@ -188,7 +163,7 @@ def optimization_level() -> str:
 
 
 def cache_key(job: Job, name: str) -> str:
-    """A hash of everything that a report depends on: the job, the compiler options, the versions and the code."""
+    """A hash of what a report depends on: the job, the compiler options, the versions and the code."""
     digest = hashlib.sha256(f"{name}\n{job.to_json()}\n{optimization_level()}\n".encode())
     for package in VERSIONS:
         digest.update(f"{package} {package_version(package)}\n".encode())
@@ -201,7 +176,7 @@ def cache_key(job: Job, name: str) -> str:
 
 @dataclass(frozen=True)
 class ReportCache:
-    """Reports in a directory, one file each. A full-size program takes many minutes to compile."""
+    """Reports in a directory, one file each: a full-size program takes many minutes to compile."""
 
     directory: Path
     log: Callable[[str], None] = lambda _: None
@@ -210,9 +185,11 @@ class ReportCache:
         """The cached report of a program or, if there is none, a new one."""
         if (cached := self.load(job, name)) is not None:
             return cached
-        self.log(f"compiling {describe(job, name)} …")
+        remat = f", remat {job.remat}" if name == "tune" else ""
+        clip = f"{job.frames} frames of {job.height}×{job.width}"
+        self.log(f"compiling {name} for {job.topology.name}: {clip}{remat} …")
         report = compile_program(build_program(job, name), job.topology)
-        if not report.error:  # an error of the compiler may be temporary
+        if not report.error:  # a compiler error may be temporary
             self.save(job, report)
         return report
 
@@ -224,7 +201,7 @@ class ReportCache:
             return None
 
     def save(self, job: Job, report: Report) -> None:
-        """Written to a temporary file first, so that a cached report is always complete."""
+        """The file is written under a temporary name and then renamed, so that a cached report is complete."""
         self.directory.mkdir(parents=True, exist_ok=True)
         content = {"job": json.loads(job.to_json()), "report": report.to_dict()}
         with tempfile.NamedTemporaryFile("w", dir=self.directory, suffix=".tmp", delete=False) as file:
@@ -233,8 +210,3 @@ class ReportCache:
 
     def _file(self, job: Job, name: str) -> Path:
         return self.directory / f"{cache_key(job, name)}.json"
-
-
-def describe(job: Job, name: str) -> str:
-    remat = f", remat {job.remat}" if name == "tune" else ""
-    return f"{name} for {job.topology.name}: {job.frames} frames of {job.height}×{job.width}{remat}"

@@ -1,5 +1,5 @@
-"""The programs of a run: a `Job` read from a config, and the jitted functions that such a run calls, with shapes in
-place of arrays. Neither weights nor a clip nor the network is needed."""
+"""The programs of a run: a `Job`, read from a config, and the jitted functions that it calls, with shapes in place of
+arrays. They need no weights, no clip and no network connection."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tav_jax.training import train_step
 STEPS_DTYPES = {"alpha": jnp.float32, "next_alpha": jnp.float32}  # the other columns are int32
 NAMES = ("tune", "invert", "sample", "encode", "decode")  # in the order in which a run calls them
 
-# Parts of a model's name that select a preset.
+# Parts of a model's name that select a preset
 PRESETS = {"sd2": ("sd2", "stable-diffusion-2"), "sd1": ("sd1", "stable-diffusion-v1", "stable-diffusion-1")}
 
 
@@ -43,7 +43,7 @@ class ModelShapes:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the compiled programs depend on, except the code."""
+    """What the compiled programs depend on, except the code."""
 
     model: ModelShapes
     topology: Topology
@@ -67,11 +67,11 @@ class Job:
     @property
     def frames_per_chip(self) -> int:
         """Frames on the chip that has most of them."""
-        data, over_frames = self.mesh
+        data, along_frames = self.mesh
         chips = self.topology.chips
-        if not over_frames:
-            over_frames = chips // data if data else sharding.default_mesh_shape(chips, self.frames)[1]
-        return -(-self.frames // over_frames)
+        if not along_frames:
+            along_frames = chips // data if data else sharding.default_mesh_shape(chips, self.frames)[1]
+        return -(-self.frames // along_frames)
 
     def to_json(self) -> str:
         """Equal jobs give equal texts."""
@@ -79,12 +79,12 @@ class Job:
 
 
 def read_job(config: Any, topology: Topology) -> Job:
-    """The job that a config describes, on a topology."""
+    """The job of a config on a topology."""
     model, clip = _model_shapes(config), config.clip
     if not clip.frames:
         raise InputError(
-            "clip.frames is 0, which means all frames of the clip; `tav plan` reads no clip, so give their number with "
-            "--config.clip.frames"
+            "clip.frames is 0, which means all frames of the clip; `tav plan` does not read it, so give their number "
+            "with --config.clip.frames"
         )
     check_size(clip.height, clip.width, model.vae.downsampling, prefix="clip.")
     return Job(
@@ -107,7 +107,7 @@ def read_job(config: Any, topology: Topology) -> Job:
 
 
 def _model_shapes(config: Any) -> ModelShapes:
-    """From the configs in a pipeline directory, or from a preset by the model's name."""
+    """Shapes from the configs in a pipeline directory, or from a preset by the model's name."""
     options = {name: config.model[name] for name in ("spatial_attention", "temporal_attention")}
     options["kernel"] = choose_kernel(config.model.kernel, "tpu")
     root = Path(config.model.path).expanduser()
@@ -115,7 +115,7 @@ def _model_shapes(config: Any) -> ModelShapes:
         return _directory_shapes(root, options)
     name = config.model.path.lower()
     if any(part in name for part in PRESETS["sd2"]):
-        # 2.1 predicts velocities; the base models of 2.x predict noise, at the same cost.
+        # v2.1's prediction; the base models of 2.x predict ε, with programs of the same cost
         return ModelShapes(replace(UNetConfig.sd2(), **options), VAEConfig(), ClipTextConfig.sd2(), "v_prediction")
     if any(part in name for part in PRESETS["sd1"]):
         return ModelShapes(replace(UNetConfig.sd1(), **options), VAEConfig(), ClipTextConfig.sd1())
@@ -146,25 +146,17 @@ def _directory_shapes(root: Path, options: dict[str, Any]) -> ModelShapes:
 
 
 class Program(NamedTuple):
-    """A jitted function with the shapes of its arguments. Trace and compile it inside `context()`."""
+    """A jitted function and the shapes of its arguments. Trace and compile it inside `context`."""
 
     name: str
     function: Any  # jitted
     arguments: tuple[Any, ...]
     options: dict[str, Any]  # static
     context: AbstractContextManager[None]
-    beside_bytes: int  # on each chip: arrays that the run keeps there meanwhile and that are no arguments
-    steps: int  # steps in one call of the program
-    job_steps: int  # steps in the whole job: all of an inversion or a sample, but one training step
-    shards: int  # chips that share the work; further chips repeat it
-
-    def trace(self) -> Any:
-        return self.function.trace(*self.arguments, **self.options)
-
-    @property
-    def argument_bytes(self) -> int:
-        """On one chip."""
-        return size(self.arguments)
+    beside_bytes: int  # on each chip: other arrays of the run that stay there
+    steps: int  # in one call of the program
+    job_steps: int  # in the job: all of an inversion or a sample, but one training step
+    shards: int  # chips that share the work; all others repeat it
 
 
 def size(tree: Any) -> int:
@@ -174,7 +166,7 @@ def size(tree: Any) -> int:
 
 
 class Shapes:
-    """Makes shapes of arrays on the devices of a topology, replicated or, with `fsdp`, sharded over all of them."""
+    """Shapes of arrays on the devices of a job's topology, replicated or, with `fsdp`, sharded over all of them."""
 
     def __init__(self, job: Job):
         devices = job.topology.devices()
@@ -182,11 +174,11 @@ class Shapes:
         self.one_device = SingleDeviceSharding(devices[0])
 
     def array(self, shape: tuple[int, ...], dtype: Any = jnp.float32, *, fsdp: bool = False) -> Any:
-        where = self.one_device
-        if self.mesh is not None:
-            plain = jax.ShapeDtypeStruct(shape, dtype)
-            where = NamedSharding(self.mesh, sharding.fsdp_spec(plain, self.mesh) if fsdp else sharding.REPLICATED)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        x = jax.ShapeDtypeStruct(shape, dtype, sharding=self.one_device)
+        if self.mesh is None:
+            return x
+        spec = sharding.fsdp_spec(x, self.mesh) if fsdp else sharding.REPLICATED
+        return x.update(sharding=NamedSharding(self.mesh, spec))
 
     def tree(self, tree: Any, dtype: Any = None, *, fsdp: bool = False) -> Any:
         return jax.tree.map(lambda x: self.array(x.shape, dtype or x.dtype, fsdp=fsdp), tree)
@@ -196,14 +188,13 @@ class Shapes:
         return nnx.merge(nnx.graphdef(module), self.tree(nnx.state(module), dtype))
 
     def shards(self, batch: int) -> int:
-        """The number of chips with different work for a batch of clips."""
-        axes = dict(self.mesh.shape) if self.mesh else {}
-        data = axes.get("data", 1)
-        return axes.get("frames", 1) * (data if batch % data == 0 else 1)
+        """The number of chips that share the work on a batch of clips."""
+        data, frames = self.mesh.shape.values() if self.mesh else (1, 1)
+        return frames * (data if batch % data == 0 else 1)
 
 
 def build_program(job: Job, name: str) -> Program:
-    """The program of a name in NAMES, as `TuneAVideo` calls it for this job."""
+    """The program with a name of NAMES, as `TuneAVideo` calls it for this job."""
     dtype, shapes, model = getattr(jnp, job.dtype), Shapes(job), job.model
     unet = weights.abstract(UNet, model.unet, dtype)
     graph, trained, frozen = nnx.split(unet, train_step.trainable_filter(job.trainable), ...)
@@ -211,13 +202,14 @@ def build_program(job: Job, name: str) -> Program:
         raise InputError(f"train.trainable is {short_repr(job.trainable)}; no layer of this model has such a name")
     trained, frozen = shapes.tree(trained, jnp.float32), shapes.tree(frozen, dtype)
     vae = shapes.network(VAE, model.vae, dtype)
-    vae_and_text = size(vae) + size(shapes.network(ClipText, model.text, dtype))
+    text_bytes = size(shapes.network(ClipText, model.text, dtype))
     state = shapes.tree(jax.eval_shape(train_step.TrainState.create, trained), fsdp=job.fsdp)
-    # Previews during tuning keep the optimizer state on the chips; `tav edit` has none, but the VAE and text encoder.
-    waiting = max(vae_and_text, size(state.opt_state) if job.previews else 0)
+    # Besides the UNet, `tav edit` keeps the VAE and the text encoder on the chips, and a preview during tuning the
+    # optimizer state.
+    other_bytes = max(size(vae) + text_bytes, size(state.opt_state) if job.previews else 0)
 
-    down = model.vae.downsampling
-    latents = shapes.array((1, job.frames, job.height // down, job.width // down, model.unet.in_channels))
+    factor = model.vae.downsampling
+    latents = shapes.array((1, job.frames, job.height // factor, job.width // factor, model.unet.in_channels))
     text = (model.text.max_position_embeddings, model.unet.cross_attention_dim)
     vae_batch = programs.vae_batch_size(job.frames, job.height, job.width, shapes.mesh)
 
@@ -235,7 +227,7 @@ def build_program(job: Job, name: str) -> Program:
             shapes.array(()),
         )
         options = {"sampler": sampler, "prediction": model.prediction, "use_guidance": guidance, "trajectory": False}
-        return program(programs.denoise_loop, arguments, options, waiting, steps, count, batch)
+        return program(programs.denoise_loop, arguments, options, other_bytes, steps, count, batch)
 
     if name == "tune":
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -252,16 +244,14 @@ def build_program(job: Job, name: str) -> Program:
             train_step.Hyperparameters(*(shapes.array(()) for _ in train_step.Hyperparameters._fields)),
         )
         options = {"prediction": model.prediction, "remat": job.remat, "fsdp": job.fsdp}
-        return program(train_step.tune_step, arguments, options)  # everything else waits in host memory
+        return program(train_step.tune_step, arguments, options)  # everything else is in host memory
     if name == "invert":
         return denoise(job.inversion_steps, False, DDIM())
     if name == "sample":
         return denoise(job.sampling_steps, job.guidance, get_sampler(job.sampler))
     unet_bytes = size(trained) + size(frozen)
+    options = {"batch_size": vae_batch}
     if name == "encode":
         frames = shapes.array((job.frames, job.height, job.width, 3), jnp.uint8)
-        beside = unet_bytes + vae_and_text - size(vae)
-        return program(programs.encode_frames, (vae, frames), {"batch_size": vae_batch}, beside, batch=vae_batch)
-    return program(
-        programs.decode_frames, (vae, latents), {"batch_size": vae_batch}, unet_bytes + waiting, batch=vae_batch
-    )
+        return program(programs.encode_frames, (vae, frames), options, unet_bytes + text_bytes, batch=vae_batch)
+    return program(programs.decode_frames, (vae, latents), options, unet_bytes + other_bytes, batch=vae_batch)
