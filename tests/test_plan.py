@@ -245,7 +245,10 @@ def test_collectives_are_read_from_hlo():
     assert found["all-reduce"].sent_bytes == 2 * 3 / 4 * 576
     assert found["all-to-all"].sent_bytes == 6 * 3 / 4 * 64
     no_trip_count = COLLECTIVES.replace('"known_trip_count":{"n":"6"}', "")
-    assert hlo.total_by_kind(hlo.collectives(no_trip_count, 8, loop=5))["all-to-all"] == (5, 5 * 64)
+    assert hlo.total_by_kind(hlo.collectives(no_trip_count, 8, trip_count=5))["all-to-all"] == {
+        "times": 5,
+        "bytes": 5 * 64,
+    }
 
 
 TRAFFIC = """\
@@ -298,7 +301,7 @@ def test_hbm_traffic_is_read_from_hlo():
     narrow = TRAFFIC.replace("%x = bf16[16,128]", "%x = bf16[9,77]")  # as many tiles as 16 × 128
     assert hlo.hbm_bytes(narrow) == hlo.hbm_bytes(TRAFFIC)
     no_trip_count = TRAFFIC.replace('"known_trip_count":{"n":"3"}', "")
-    assert hlo.hbm_bytes(no_trip_count, loop=7) == prefetched + rows + looped // 3 * 7 + rows
+    assert hlo.hbm_bytes(no_trip_count, trip_count=7) == prefetched + rows + looped // 3 * 7 + rows
 
 
 def test_estimated_cycles_are_read_from_hlo():

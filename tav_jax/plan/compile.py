@@ -102,9 +102,8 @@ def compile_program(program: Program, topology: Topology) -> Report:
         "code_bytes": memory.generated_code_size_in_bytes,
     }
     peak = program.beside_bytes + sum(sizes.values())
-    totals = {kind: total._asdict() for kind, total in hlo.total_by_kind(collectives).items()}
     values |= {**sizes, "fits": peak <= chip.hbm, "peak_bytes": peak, "moved_bytes": moved, "touched_bytes": touched}
-    return Report(**values, seconds=seconds, expected_seconds=expected, collectives=totals)
+    return Report(**values, seconds=seconds, expected_seconds=expected, collectives=hlo.total_by_kind(collectives))
 
 
 def hlo_text(compiled: Any) -> str:

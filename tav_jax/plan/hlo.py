@@ -1,7 +1,6 @@
-"""What a program costs, read from the program itself.
+"""The cost of a program: FLOPs from its jaxpr; collectives, HBM traffic and estimated cycles from its compiled HLO.
 
-FLOPs are counted in the traced program (its jaxpr). Collectives, HBM traffic and estimated cycles are read from the HLO
-text of the compiled program. There, `loop` is the trip count of a while loop whose HLO does not state one.
+`trip_count` is that of while loops whose HLO does not state it.
 """
 
 import math
@@ -18,10 +17,10 @@ FLOP_PRIMITIVES = KERNELS | {"dot_general", "conv_general_dilated"}
 
 
 def count_flops(jaxpr: Any, primitives: Set[str] = FLOP_PRIMITIVES) -> float:
-    """FLOPs of a traced program on all devices together, two for each multiplication of a product or convolution.
+    """FLOPs of a traced program on all devices: two for each multiplication of a matrix product or convolution.
 
-    Includes what is recomputed for the backward pass and what Pallas kernels do. XLA's own count leaves out kernels and
-    takes a loop's body once. Norms and other element-wise operations, a few per cent, are not counted.
+    Includes recomputation for the backward pass and Pallas kernels; XLA's own count omits kernels, and counts the body
+    of a loop once. Norms and other element-wise operations, a few per cent, are not counted.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a ClosedJaxpr
     return float(sum(_equation_flops(equation, primitives) for equation in jaxpr.eqns))
@@ -32,16 +31,16 @@ def _equation_flops(equation: Any, primitives: Set[str]) -> float:
     if name in FLOP_PRIMITIVES and name not in primitives:
         return 0.0
     if name == "dot_general":
-        return _dot_flops(equation)
+        (contracted, _), _ = parameters["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         return _convolution_flops(equation)
     if name == "scan":
         return parameters["length"] * count_flops(parameters["jaxpr"], primitives)
-    if name == "while":
-        return count_flops(parameters["body_jaxpr"], primitives)  # the trip count is unknown
     if name == "cond":
         return _branch_flops(parameters, primitives)
-    if name == "shard_map":  # the jaxpr is one device's; along axes that no output is sharded over, devices repeat it
+    if name == "shard_map":  # the jaxpr of one device; along mesh axes that shard no output, devices repeat the work
         specs = [part for spec in parameters["out_specs"] for part in spec if part is not None]
         axes = {axis for part in specs for axis in (part if isinstance(part, tuple) else (part,))}
         devices = math.prod(parameters["mesh"].shape[axis] for axis in axes)
@@ -50,16 +49,15 @@ def _equation_flops(equation: Any, primitives: Set[str]) -> float:
         if parameters["cost_estimate"] is not None:
             return float(parameters["cost_estimate"].flops)
         return math.prod(parameters["grid_mapping"].grid) * count_flops(parameters["jaxpr"])
-    if name in ("custom_vjp_call", "custom_jvp_call"):
-        return count_flops(parameters.get("call_jaxpr", parameters.get("fun_jaxpr")), primitives)
-    for inner in ("jaxpr", "call_jaxpr"):  # jit, checkpoint and others
+    # jit, checkpoint, custom_vjp_call and others; of a while loop, whose trip count is unknown, one iteration
+    for inner in ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr"):
         if inner in parameters:
             return count_flops(parameters[inner], primitives)
     return 0.0
 
 
 def _branch_flops(parameters: Any, primitives: Set[str]) -> float:
-    """The TPU's branch where the platform decides, otherwise the most expensive branch."""
+    """Of a platform-dependent branch, that for TPUs; otherwise the most expensive branch."""
     branches = parameters["branches"]
     for index, platforms in enumerate(parameters.get("branches_platforms") or ()):
         if platforms is None or "tpu" in platforms:
@@ -67,32 +65,21 @@ def _branch_flops(parameters: Any, primitives: Set[str]) -> float:
     return max(count_flops(branch, primitives) for branch in branches)
 
 
-def _dot_flops(equation: Any) -> float:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-
-
 def _convolution_flops(equation: Any) -> float:
-    """Multiplications with padding, and with the zeros of a dilated input, are not counted."""
-    p = equation.params
-    numbers = p["dimension_numbers"]
+    """Multiplications with padding and with the zeros of a dilated input are not counted."""
+    p, numbers = equation.params, equation.params["dimension_numbers"]
     image, kernel = (x.aval.shape for x in equation.invars)
     out = equation.outvars[0].aval.shape
     pairs = 1.0  # of an output position and a kernel tap that reads an input value
     for i, axes in enumerate(zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)):
         length, taps, positions = (shape[axis] for shape, axis in zip((image, kernel, out), axes, strict=True))
-        index = (
-            np.arange(positions)[:, None] * p["window_strides"][i]
-            + np.arange(taps)[None] * p["rhs_dilation"][i]
-            - p["padding"][i][0]
-        )
+        index = np.arange(positions)[:, None] * p["window_strides"][i] - p["padding"][i][0]
+        index = index + np.arange(taps) * p["rhs_dilation"][i]
         dilation = p["lhs_dilation"][i]
         inside = (index >= 0) & (index < (length - 1) * dilation + 1) & (index % dilation == 0)
         pairs *= np.count_nonzero(inside)
-    channels = kernel[numbers.rhs_spec[1]]  # input channels of one group
-    batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
-    return 2.0 * batch * features * channels * pairs
+    group_channels = kernel[numbers.rhs_spec[1]]
+    return 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * group_channels * pairs
 
 
 # ------------------------------------------------------------------------------------------------------- computations
@@ -102,16 +89,17 @@ _WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|async_execution_thread|branch_computations)=\{?%?([\w.\-]+)")
 _FUSING = re.compile(r" (?:fusion|reduce|reduce-window|scatter|sort|map|all-reduce\S*|reduce-scatter\S*)\(")
+_TYPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")  # dtype, shape and layout
 _BITS = {"pred": 8, "bf16": 16}
 
 
 class Computation(NamedTuple):
     lines: list[str]  # one instruction each
     times: int  # how often it runs
-    fused: bool  # part of one instruction of another computation, so its own instructions do not access HBM
+    fused: bool  # called by a fusion or a similar instruction, so that its own instructions do not access HBM
 
 
-def computations(text: str, loop: int = 1) -> dict[str, Computation]:
+def computations(text: str, trip_count: int = 1) -> dict[str, Computation]:
     """The computations of an HLO module that run, by name."""
     lines: dict[str, list[str]] = {}
     calls: dict[str, list[tuple[str, int, bool]]] = {}
@@ -125,7 +113,7 @@ def computations(text: str, loop: int = 1) -> dict[str, Computation]:
             lines[current].append(line)
             if (while_loop := _WHILE.search(line)) is not None:
                 trips = _TRIP_COUNT.search(line)
-                calls[current].append((while_loop[2], int(trips[1]) if trips else loop, False))
+                calls[current].append((while_loop[2], int(trips[1]) if trips else trip_count, False))
             elif called := _CALLED.findall(line):
                 fused = _FUSING.search(line) is not None
                 calls[current] += [(name, 1, fused) for name in called]
@@ -151,14 +139,14 @@ def _type_bytes(dtype: str, shape: str) -> int:
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
-def estimated_cycles(text: str, loop: int = 1) -> int:
-    """The cycles that the TPU compiler itself estimates, which it uses to choose between programs.
+def estimated_cycles(text: str, trip_count: int = 1) -> int:
+    """The sum of the TPU compiler's own estimates, by which it chooses between programs.
 
-    It writes an estimate beside most instructions, but none for asynchronous copies, collectives and Pallas kernels.
+    Most instructions have an estimate, but not asynchronous copies, collectives and Pallas kernels.
     """
     return sum(
         computation.times * sum(int(n) for line in computation.lines for n in _CYCLES.findall(line))
-        for computation in computations(text, loop).values()
+        for computation in computations(text, trip_count).values()
         if not computation.fused
     )
 
@@ -167,49 +155,36 @@ def estimated_cycles(text: str, loop: int = 1) -> int:
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-_SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _GROUP_SIZE = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _GROUP_LIST = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 class Collective(NamedTuple):
-    """One instruction that communicates. `bytes`: of its result on one chip. `chips`: that take part in a group.
-    `times`: how often it runs."""
+    """An instruction by which chips communicate."""
 
     kind: str
-    bytes: int
-    chips: int
-    times: int
+    bytes: int  # of its result on one chip
+    chips: int  # of a group
+    times: int  # how often it runs
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each chip sends, in a ring."""
+        """Bytes that each chip sends around a ring."""
         others = (self.chips - 1) / self.chips
-        share = {
-            "all-gather": others,
-            "all-reduce": 2 * others,
-            "all-to-all": others,
-            "collective-permute": 1.0,
-            "reduce-scatter": self.chips - 1.0,
-        }
-        return self.times * self.bytes * share[self.kind]
+        shares = {"all-reduce": 2 * others, "collective-permute": 1.0, "reduce-scatter": self.chips - 1.0}
+        return self.times * self.bytes * shares.get(self.kind, others)
 
 
-class CollectiveTotal(NamedTuple):
-    times: int
-    bytes: int
-
-
-def collectives(text: str, chips: int, loop: int = 1) -> list[Collective]:
-    """The collectives of a program that was compiled for so many chips."""
-    # An asynchronous collective appears in several computations (start, meanwhile, end) with one channel id.
+def collectives(text: str, chips: int, trip_count: int = 1) -> list[Collective]:
+    """The collectives of a program that was compiled for this number of chips."""
+    # An asynchronous collective appears in several computations (its start, its end and between) with one channel id.
     by_channel: dict[str, Collective] = {}
-    for computation in computations(text, loop).values():
+    for computation in computations(text, trip_count).values():
         for line in computation.lines:
             if (match := _COLLECTIVE.search(line)) is None:
                 continue
-            sizes = [_type_bytes(*shape) for shape in _SHAPE.findall(match[1])]
+            sizes = [_type_bytes(dtype, shape) for dtype, shape, _ in _TYPE.findall(match[1])]
             # An asynchronous start has the type (operand, result, flags), except that of an all-reduce.
             asynchronous = match[3] and match[2] != "all-reduce" and len(sizes) > 1
             channel = re.search(r"channel_id=(\d+)", line)
@@ -230,24 +205,23 @@ def _group_size(line: str, chips: int) -> int:
     return chips
 
 
-def total_by_kind(found: list[Collective]) -> dict[str, CollectiveTotal]:
+def total_by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
     return {
-        kind: CollectiveTotal(sum(c.times for c in some), sum(c.times * c.bytes for c in some))
+        kind: {"times": sum(c.times for c in of_kind), "bytes": sum(c.times * c.bytes for c in of_kind)}
         for kind in COLLECTIVES
-        if (some := [c for c in found if c.kind == kind])
+        if (of_kind := [c for c in found if c.kind == kind])
     }
 
 
 # --------------------------------------------------------------------------------------------------------- HBM traffic
 
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [a-z])|\S+) ([\w\-]+)\((.*)$")
-_TYPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _TILED = re.compile(r"^\{([\d,]+):T\(([\d,]+)\)")
 _VMEM = re.compile(r"S\([1-9]\d*\)")  # a memory space other than HBM
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 
-# Instructions that move no data. The traffic of an asynchronous copy is counted at its `-start`.
+# Instructions that move no data
 NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 NO_TRAFFIC |= {"after-all"}
 SLICES = {"slice", "dynamic-slice", "gather"}
@@ -256,26 +230,32 @@ SLICES = {"slice", "dynamic-slice", "gather"}
 class Instruction(NamedTuple):
     name: str
     opcode: str
-    hbm: int  # bytes of the result that are in HBM
-    total: int  # bytes of the result in any memory
     operands: tuple[str, ...]
-    parts: tuple[tuple[int, bool], ...]  # of the result: bytes, and whether they are in HBM
+    buffers: list[tuple[int, bool]]  # of the result: bytes, and whether they are in HBM
     calls: str
     root: bool
     number: int | None  # of a parameter
 
+    @property
+    def total(self) -> int:
+        return sum(size for size, _ in self.buffers)
 
-def hbm_bytes(text: str, loop: int = 1) -> int:
+    @property
+    def hbm(self) -> int:
+        return sum(size for size, in_hbm in self.buffers if in_hbm)
+
+
+def hbm_bytes(text: str, trip_count: int = 1) -> int:
     """Bytes that a chip moves to and from HBM.
 
-    Every instruction reads its operands and writes its result once, except what is in VMEM (`S(1)`). Of an operand that
-    is only sliced, the slices count. Tiled layouts count with their padding. What a Pallas kernel fetches twice, which
-    is little, counts once. The compiler's own "bytes accessed" also counts every access to VMEM, several times as much.
+    Each instruction reads its operands and writes its result once, except those in VMEM (`S(1)`). Of an operand that is
+    only sliced, the slices are counted; of a tiled layout, the padding, too. The few bytes that a Pallas kernel fetches
+    twice are counted once. The compiler's own "bytes accessed" is several times as much: it includes accesses to VMEM.
     """
-    program = computations(text, loop)
+    program = computations(text, trip_count)
     parsed = {name: _parse(computation) for name, computation in program.items()}
     return sum(
-        computation.times * sum(_moved(instruction, parsed[name], parsed) for instruction in parsed[name].values())
+        computation.times * sum(_moved(op, parsed[name], parsed) for op in parsed[name].values())
         for name, computation in program.items()
         if not computation.fused
     )
@@ -287,23 +267,14 @@ def _parse(computation: Computation) -> dict[str, Instruction]:
         if (match := _INSTRUCTION.match(line)) is None:
             continue
         root, name, types, opcode, rest = match.groups()
-        parts = tuple(
+        buffers = [
             (_type_bytes(dtype, _pad_to_tiles(shape, layout)), _VMEM.search(layout) is None)
             for dtype, shape, layout in _TYPE.findall(types)
             if dtype != "token"
-        )
-        called = _CALLS.search(rest)
-        found[name] = Instruction(
-            name,
-            opcode,
-            sum(size for size, in_hbm in parts if in_hbm),
-            sum(size for size, _ in parts),
-            tuple(_NAME.findall(rest.split("), ")[0])),
-            parts,
-            called[1] if called else "",
-            bool(root),
-            int(rest.split(")")[0]) if opcode == "parameter" else None,
-        )
+        ]
+        operands, called = tuple(_NAME.findall(rest.split("), ")[0])), _CALLS.search(rest)
+        number = int(rest.split(")")[0]) if opcode == "parameter" else None
+        found[name] = Instruction(name, opcode, operands, buffers, called[1] if called else "", bool(root), number)
     return found
 
 
@@ -318,30 +289,26 @@ def _pad_to_tiles(shape: str, layout: str) -> str:
     return ",".join(map(str, padded))
 
 
-def _moved(one: Instruction, siblings: dict[str, Instruction], parsed: dict[str, dict[str, Instruction]]) -> int:
+def _moved(op: Instruction, siblings: dict[str, Instruction], parsed: dict[str, dict[str, Instruction]]) -> int:
     """HBM bytes of one instruction; `siblings` are the instructions of its computation."""
-    if one.opcode in NO_TRAFFIC or one.opcode.endswith(("-done", "-update")):
+    if op.opcode in NO_TRAFFIC or op.opcode.endswith(("-done", "-update")):
         return 0
-    if one.opcode == "copy-start":  # (destination, source, flag)
-        return sum(size for size, in_hbm in one.parts[:2] if in_hbm)
-    if one.opcode == "slice-start":  # ((source, …), destination, …, flags): reads as much as it writes
-        destinations = [(size, in_hbm) for size, in_hbm in one.parts[len(one.operands) :] if size > 4]
-        source_in_hbm = any(siblings[name].hbm for name in one.operands if name in siblings)
+    if op.opcode == "copy-start":  # (destination, source, flag)
+        return sum(size for size, in_hbm in op.buffers[:2] if in_hbm)
+    if op.opcode == "slice-start":  # ((source, …), destination, …, flags): reads as much as it writes
+        destinations = [(size, in_hbm) for size, in_hbm in op.buffers[len(op.operands) :] if size > 4]
+        source_in_hbm = _operand_bytes(op.operands, siblings) > 0
         return sum(size * (in_hbm + source_in_hbm) for size, in_hbm in destinations)
-    if one.opcode.endswith("-start"):  # (operands, results, flags)
-        return one.hbm
-    if one.opcode in SLICES:
-        return one.hbm + (one.total if _operand_bytes(one.operands[:1], siblings) else 0)
-    if one.opcode == "dynamic-update-slice":
-        update = siblings[one.operands[1]].total if one.hbm and one.operands[1] in siblings else 0
-        return update + _operand_bytes(one.operands[1:2], siblings)
-    read, written = _fusion_traffic(parsed.get(one.calls, {}))
-    reads = sum(
-        min(siblings[name].hbm, read.get(i, siblings[name].hbm))
-        for i, name in enumerate(one.operands)
-        if name in siblings
-    )
-    return reads + (one.hbm if written is None else min(one.hbm, written))
+    if op.opcode.endswith("-start"):  # (operands, results, flags)
+        return op.hbm
+    if op.opcode in SLICES:
+        return op.hbm + (op.total if _operand_bytes(op.operands[:1], siblings) else 0)
+    if op.opcode == "dynamic-update-slice":
+        update = siblings[op.operands[1]].total if op.hbm and op.operands[1] in siblings else 0
+        return update + _operand_bytes(op.operands[1:2], siblings)
+    read, written = _fusion_traffic(parsed.get(op.calls, {}))
+    operands = [(i, siblings[name].hbm) for i, name in enumerate(op.operands) if name in siblings]
+    return sum(min(n, read.get(i, n)) for i, n in operands) + (op.hbm if written is None else min(op.hbm, written))
 
 
 def _operand_bytes(names: tuple[str, ...], siblings: dict[str, Instruction]) -> int:
@@ -349,20 +316,20 @@ def _operand_bytes(names: tuple[str, ...], siblings: dict[str, Instruction]) -> 
 
 
 def _fusion_traffic(fused: dict[str, Instruction]) -> tuple[dict[int, int], int | None]:
-    """Of a fusion: the bytes read of each parameter that is only sliced, by its number, and the bytes written if the
-    result is an update of a slice (otherwise None)."""
+    """Of a fusion: by number, the bytes read of each parameter that is only sliced; and the bytes written, if its
+    result is the update of a slice, otherwise None."""
     users: dict[str, list[Instruction]] = {}
-    for one in fused.values():
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
+    for op in fused.values():
+        for name in op.operands:
+            users.setdefault(name, []).append(op)
     read, written = {}, None
-    for one in fused.values():
-        if one.number is not None and (using := users.get(one.name)):
-            first_operand = all(user.operands[0] == one.name and one.name not in user.operands[1:] for user in using)
+    for op in fused.values():
+        if op.number is not None and (using := users.get(op.name)):
+            first_operand = all(user.operands[0] == op.name and op.name not in user.operands[1:] for user in using)
             if first_operand and all(user.opcode in SLICES for user in using):
-                read[one.number] = sum(user.total for user in using)
+                read[op.number] = sum(user.total for user in using)
             elif first_operand and all(user.opcode == "dynamic-update-slice" for user in using):
-                read[one.number] = 0  # updated in place
-        if one.root and one.opcode == "dynamic-update-slice" and one.operands[1] in fused:
-            written = fused[one.operands[1]].total
+                read[op.number] = 0  # updated in place
+        if op.root and op.opcode == "dynamic-update-slice" and op.operands[1] in fused:
+            written = fused[op.operands[1]].total
     return read, written

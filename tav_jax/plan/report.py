@@ -23,15 +23,14 @@ class Change(NamedTuple):
 
 
 def find_changes(cache: ReportCache, job: Job, report: Report) -> Iterator[Change]:
-    """For a program that does not fit: another remat policy, more chips, fewer frames. Of each kind the smallest change
-    that was compiled and fits. Estimates select what to compile: arguments keep their size, and temporaries are
-    proportional to the frames on a chip."""
+    """For a program that does not fit: the smallest change of each kind (another remat policy, more chips, fewer frames)
+    with which it was compiled and fits. What to compile is selected by an estimate, for which arguments have a constant
+    size and temporaries are proportional to the frames on a chip."""
     searches = (_more_chips, _fewer_frames)
     for search in (_next_remat, *searches) if report.name == "tune" else searches:
         current, known = job, report
         for _ in range(MAX_COMPILATIONS):
-            candidate = search(current, known)
-            if candidate is None:
+            if (candidate := search(current, known)) is None:
                 break
             option, current = candidate
             known = cache.get(current, report.name)
@@ -44,13 +43,13 @@ Candidate = tuple[str, Job] | None
 
 
 def _next_remat(job: Job, known: Report) -> Candidate:
-    """The policy that keeps a little less than the job's."""
+    """The policy that stores the next smaller set of intermediates."""
     rest = REMAT[REMAT.index(job.remat) + 1 :]
     return (f"--config.train.remat={rest[0]}", job.replace(remat=rest[0])) if rest else None
 
 
 def _more_chips(job: Job, known: Report) -> Candidate:
-    """The smallest larger topology of the same chip that should be large enough."""
+    """The smallest topology of the same chip with which the program should fit."""
     for topology in topologies_of(job.topology.chip):
         other = job.replace(topology=topology, mesh=(0, 0))
         if topology.chips > job.topology.chips and _should_fit(job, known, other):
@@ -59,26 +58,23 @@ def _more_chips(job: Job, known: Report) -> Candidate:
 
 
 def _fewer_frames(job: Job, known: Report) -> Candidate:
-    """The most frames that should fit. The estimate improves with each report."""
-    for frames in range(job.frames - 1, 0, -1):
-        other = job.replace(frames=frames)
+    """The largest number of frames that should fit. The estimate improves with each report."""
+    for other in (job.replace(frames=frames) for frames in range(job.frames - 1, 0, -1)):
         if _should_fit(job, known, other):
-            return f"--config.clip.frames={frames}", other
+            return f"--config.clip.frames={other.frames}", other
     return None
 
 
 def _should_fit(job: Job, known: Report, other: Job) -> bool:
-    """Whether another job with fewer frames on a chip fits by estimate, given the report of this one."""
+    """Whether another job should fit because it has fewer frames on a chip, estimated from the report of this one."""
     ratio = other.frames_per_chip / job.frames_per_chip
     return ratio < 1 and not known.error and known.peak_bytes + known.temporary_bytes * (ratio - 1) <= known.hbm_bytes
 
 
 # --------------------------------------------------------------------------------------------------------- formatting
 
-COLUMNS = (
-    *("", "fits", "peak", "arguments", "temporary", "code", "other"),
-    *("TFLOP", "HBM GB", "step", "limit", "estimate", "all steps"),
-)
+COLUMNS = ("", "fits", "peak", "arguments", "temporary", "code", "other")
+COLUMNS += ("TFLOP", "HBM GB", "step", "limit", "estimate", "all steps")
 LEGEND = """\
 Memory is in GiB per chip, of {hbm:.2f}. other: arrays that are not the program's and that the run keeps on the chip.
 TFLOP and HBM GB (bytes moved to and from HBM) are per chip and step.
@@ -87,7 +83,7 @@ all steps: the least time of all steps of an inversion or of sampling, and of on
 
 
 def format_table(job: Job, reports: Sequence[Report], changes: dict[str, list[Change]]) -> str:
-    """For a terminal. `changes` are those of `find_changes` by the program's name."""
+    """Text for a terminal. `changes`: the results of `find_changes` by program."""
     topology, level = job.topology, optimization_level()
     lines = [
         f"{topology.name}: {topology.chips} × {topology.chip.name} ({topology.layout}), {job.frames} frames of "
@@ -107,20 +103,17 @@ def format_table(job: Job, reports: Sequence[Report], changes: dict[str, list[Ch
     lines.append(f"Compiled in {times}{level and f', with JAX_OPTIMIZATION_LEVEL={level}'}.")
     for report in reports:
         if not report.fits:
-            lines += ["", *_refusal(report, changes.get(report.name, []))]
+            lines += ["", *_why_not(report, changes.get(report.name, []))]
     return "\n".join(lines)
 
 
 def _row(r: Report) -> tuple[str, ...]:
-    def gib(n: int | float) -> str:
-        return f"{n / GIB:.2f}"
-
-    if not r.seconds:
-        return r.name, "no", gib(r.peak_bytes) if r.peak_bytes else "?", gib(r.argument_bytes), *("",) * 9
+    sizes = (r.peak_bytes, r.argument_bytes, r.temporary_bytes, r.code_bytes, r.beside_bytes)
+    peak, arguments, *others = (f"{n / GIB:.2f}" for n in sizes)
+    if not r.seconds:  # not compiled
+        return r.name, "no", peak if r.peak_bytes else "?", arguments, *("",) * 9
     return (
-        r.name,
-        "yes" if r.fits else "no",
-        *(gib(n) for n in (r.peak_bytes, r.argument_bytes, r.temporary_bytes, r.code_bytes, r.beside_bytes)),
+        *(r.name, "yes" if r.fits else "no", peak, arguments, *others),
         f"{r.flops / r.steps / 1e12:.2f}",
         f"{r.moved_bytes / r.steps / 1e9:.1f}",
         format_seconds(r.step_seconds),
@@ -135,7 +128,7 @@ def format_seconds(value: float) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, all others to the right."""
+    """The rows as lines, with the first column aligned to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]).rstrip()
@@ -143,33 +136,22 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _refusal(report: Report, changes: Sequence[Change]) -> list[str]:
+def _why_not(report: Report, changes: Sequence[Change]) -> list[str]:
     if report.error:
         return [f"{report.name} could not be compiled: {report.error}"]
     peak, hbm = report.peak_bytes / GIB, report.hbm_bytes / GIB
     sentence = f"{report.name} does not fit: it needs {peak:.2f} GiB per chip, and a chip has {hbm:.2f} GiB."
-    if not changes:
-        return [sentence]
-    return [f"{sentence} With each of these changes it fits (compiled):"] + [
-        f"  {change.option}  ({change.report.peak_bytes / GIB:.2f} GiB, at least "
-        f"{format_seconds(change.report.step_seconds)} per step)"
-        for change in changes
-    ]
+    lines = [sentence + " With each of these changes it fits (compiled):" * bool(changes)]
+    for option, r in changes:
+        lines.append(f"  {option}  ({r.peak_bytes / GIB:.2f} GiB, at least {format_seconds(r.step_seconds)} per step)")
+    return lines
 
 
 def format_json(job: Job, reports: Sequence[Report], changes: dict[str, list[Change]]) -> str:
     """One line."""
-    return json.dumps(
-        {
-            "topology": job.topology.name,
-            "chips": job.topology.chips,
-            "frames": job.frames,
-            "height": job.height,
-            "width": job.width,
-            "remat": job.remat,
-            "optimization": optimization_level(),
-            "fits": all(report.fits for report in reports),
-            "functions": {report.name: report.to_dict() for report in reports},
-            "would_fit": {name: [[c.option, c.report.peak_bytes] for c in some] for name, some in changes.items()},
-        }
-    )
+    content = {"topology": job.topology.name, "chips": job.topology.chips}
+    content |= {name: getattr(job, name) for name in ("frames", "height", "width", "remat")}
+    content |= {"optimization": optimization_level(), "fits": all(report.fits for report in reports)}
+    content["functions"] = {report.name: report.to_dict() for report in reports}
+    content["would_fit"] = {name: [[c.option, c.report.peak_bytes] for c in found] for name, found in changes.items()}
+    return json.dumps(content)
