@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
 
 def find_changes(cache: ReportCache, job: Job, report: Report) -> Iterator[Change]:
-    """For a program that does not fit: the smallest change of each kind (another remat policy, more chips, fewer frames)
+    """For a program that does not fit, the smallest change of each kind (remat policy, more chips, fewer frames)
     with which it was compiled and fits. What to compile is selected by an estimate, for which arguments have a constant
     size and temporaries are proportional to the frames on a chip."""
     searches = (_more_chips, _fewer_frames)
