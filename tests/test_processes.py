@@ -253,8 +253,11 @@ def test_a_port_in_use_is_refused(clip_file, tmp_path):
     with socket.create_server(("", group.port)):
         group.start(0, *train(f"--workdir={tmp_path / 'run'}", f"--config.clip.path={clip_file}"))
         [(status, _, errors)] = group.results(120)
-    assert status == 2
-    assert f"tav: process 0 cannot use localhost:{group.port} (" in errors
+    # JAX raises, which is one sentence and status 2, or its server crashes (jax 0.10.2); it names the port in any case.
+    assert status != 0
+    assert f":{group.port}" in errors
+    assert status != 2 or f"tav: process 0 cannot use localhost:{group.port} (" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_different_configs_are_refused_with_the_difference(clip_file, tmp_path):

@@ -1,8 +1,7 @@
 """Decode clips: a directory of images, or any video file that FFmpeg reads.
 
-A source is sampled on a uniform time grid of `fps` slots per second, so that a file with a variable frame rate keeps
-its timing. It yields its frames in display order, each with the index of the first slot after it. Frames are uint8 RGB
-`[H, W, 3]` with square pixels, rotated upright. Decoding stops at the first damaged frame, and `damage` says why.
+A file with a variable frame rate is resampled to a constant one, which keeps its timing. Frames are uint8 RGB
+`[H, W, 3]` with square pixels, rotated upright. Decoding stops at the first damaged frame; `damage` is the cause.
 """
 
 import math
@@ -24,24 +23,24 @@ from PIL import Image, ImageOps
 from tav_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# Checked against the content. Pillow supports more formats and runs external programs for some of them.
+# Checked against the content. Pillow supports more formats, and runs external programs for some of them.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-# FFmpeg also renders text, reads devices, synthesizes signals and follows playlists to other files. None of that is
-# allowed.
+# FFmpeg formats that render text, read devices, synthesize signals or refer to other files.
 EXCLUDED_FORMATS = {
     *("tty", "bin", "xbin", "adf", "idf", "lavfi", "alsa", "fbdev", "kmsgrab", "oss", "video4linux2,v4l2"),
     *("concat", "hls", "dash", "hds", "smoothstreaming", "webm_dash_manifest", "rtp", "rtsp", "sap", "sdp"),
 }
 ALLOWED_FORMATS = ",".join(sorted(av.formats_available - EXCLUDED_FORMATS))
 DIRECTORY_FPS = 8.0  # default for a directory of images, which has no frame rate
-MIN_FPS, MAX_FPS = Fraction(1, 100), 1000
+MIN_FPS, MAX_FPS = Fraction(1, 100), 1000  # of a clip; rates outside of it in a file are ignored
 MAX_FRAME_SIDE = 16384  # pixels, the limit of H.264
 MAX_PIXELS = 1 << 26  # per frame, twice as many as in 8K video
 MAX_PIXEL_ASPECT = 16  # a sample aspect ratio beyond 1:16 or 16:1 is ignored as an error in the file
 SAMPLE_RATES = range(8000, 192_001)  # Hz; audio with any other rate is resampled to 48 kHz
 MAX_AUDIO_BYTES = 2 << 30  # 23 minutes at the highest sample rate
-# For each frame: the first slot after it, and a function that converts it to an array.
-Frames = Generator[tuple[int, Callable[[], np.ndarray]], None, None]
+# For each decoded frame in display order: the clip's first frame index after it, and a function that converts it to RGB.
+# A frame that is displayed for longer than 1/fps covers several indices of the clip, and may cover none.
+FrameIterator = Generator[tuple[int, Callable[[], np.ndarray]], None, None]
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,14 @@ class Audio:
 
 
 def check_frame_size(path: Path, height: int, width: int) -> None:
-    """Refuse frames of a file that exceed MAX_FRAME_SIDE or MAX_PIXELS."""
-    if max(height, width) > MAX_FRAME_SIDE:
-        raise InputError(f"{path} is {height}×{width} pixels, more than {MAX_FRAME_SIDE} on a side; use a smaller one")
-    if height * width > MAX_PIXELS:
-        most = f"{MAX_PIXELS / 1e6:.0f} million"
-        raise InputError(f"{path} is {height}×{width} pixels, more than {most} in all; use a smaller one")
+    if max(height, width) > MAX_FRAME_SIDE or height * width > MAX_PIXELS:
+        side, total = f"{MAX_FRAME_SIDE} on a side", f"{MAX_PIXELS / 1e6:.0f} million in all"
+        limit = side if max(height, width) > MAX_FRAME_SIDE else total
+        raise InputError(f"{path} is {height}×{width} pixels, more than {limit}; use a smaller one")
 
 
 class ImageDirectory:
-    """A directory of images, in the order of the numbers in their names. Each image fills one slot."""
+    """A directory of images, one per frame, in the order of the numbers in their names."""
 
     damage = ""
 
@@ -74,7 +71,7 @@ class ImageDirectory:
         if not self.files:
             raise InputError(f"{path} has no images; expected files such as 0001.png ({', '.join(IMAGE_SUFFIXES)})")
 
-    def frames(self) -> Frames:
+    def frames(self) -> FrameIterator:
         for index, file in enumerate(self.files):
             yield index + 1, partial(_read_image, file)
 
@@ -100,46 +97,47 @@ def _read_image(file: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 class VideoFile:
-    """A video file. `native_fps` is the rate of its time grid; `fps` is the rate at which the clip is to be played."""
+    """A video file, resampled to `native_fps` and played at `fps`, which is the same unless the caller changes it."""
 
     def __init__(self, path: Path, fps: float | None):
         self.path, self.damage = path, ""
         self.begin = Fraction(0)  # timestamp of the first frame in seconds; audio timestamps use the same clock
         with _open(path) as (container, stream):
-            self.native_fps = _grid_rate(container, stream)
+            self.native_fps = _constant_rate(container, stream)
         self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native_fps
 
-    def frames(self) -> Frames:
-        previous, last = None, 0
+    def frames(self) -> FrameIterator:
+        previous = None
         with _open(self.path) as (container, stream):
-            pixel_aspect = _pixel_aspect(stream)
+            aspect = stream.sample_aspect_ratio or 1  # width ÷ height of a pixel
+            pixel_aspect = Fraction(aspect if Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT else 1)
             for count, frame in enumerate(self._decode(container, stream)):
                 time = count / self.native_fps if frame.pts is None else frame.pts * stream.time_base
                 if previous is None:
                     self.begin = time
                 else:
-                    yield self._slot(time), partial(_to_rgb, self.path, previous, pixel_aspect)
-                previous, last = frame, self._slot(time)
+                    yield self._frame_index(time), partial(_to_rgb, self.path, previous, pixel_aspect)
+                previous, last = frame, self._frame_index(time)
             if previous is not None:
                 duration = 0 if self.damage else stream.duration or 0
-                end = ((stream.start_time or 0) + duration) * stream.time_base
-                yield max(last + 1, self._slot(end)), partial(_to_rgb, self.path, previous, pixel_aspect)
+                end = self._frame_index(((stream.start_time or 0) + duration) * stream.time_base)
+                yield max(last + 1, end), partial(_to_rgb, self.path, previous, pixel_aspect)
 
-    def _slot(self, time: Fraction) -> int:
+    def _frame_index(self, time: Fraction) -> int:
         return math.floor((time - self.begin) * self.native_fps + Fraction(1, 2))
 
     def _decode(self, container, stream) -> Iterator[av.VideoFrame]:
         """The frames in display order, up to the first damaged one. Sets `damage` if there is one."""
         stream.thread_type = "NONE"  # threads decode further ahead than needed, and report damage late or not at all
-        decode_time, reached = None, Fraction(0)  # packets that follow are displayed at `decode_time` or later
+        decode_time, end_time = None, Fraction(0)  # no later packet is displayed before `decode_time`
         try:
             for packet in container.demux():
                 if packet.pts is not None:
-                    reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                    end_time = max(end_time, (packet.pts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream.index != stream.index:
                     continue
                 decode_time = decode_time if packet.dts is None else packet.dts
-                self.damage = _truncation(container, packet, reached)
+                self.damage = _truncation(container, packet, end_time)
                 if self.damage:
                     break
                 for frame in packet.decode():
@@ -190,8 +188,8 @@ class VideoFile:
             rate = stream.codec_context.sample_rate
             resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate if rate in SAMPLE_RATES else 48000)
             time = Fraction(0)
-            # Video packets are demuxed too: where the audio track is shorter, they show that `end` has passed.
-            # Otherwise the whole file would be read.
+            # Video packets are demuxed too, to stop at `end` where the audio track is shorter. Otherwise the whole
+            # file would be read.
             for packet in container.demux(stream, video):
                 if packet.dts is not None and packet.dts * packet.time_base > end + 10:
                     return
@@ -208,8 +206,8 @@ class VideoFile:
 def _open(path: Path) -> Iterator[tuple]:
     """The container and its video stream."""
     try:
-        # The `file:` protocol keeps a name with a colon or a % literal. The whitelist keeps the file's content from
-        # loading anything else.
+        # `file:` makes FFmpeg take a name with a colon or a % literally. The whitelists prevent the file from loading
+        # anything else.
         options = {"protocol_whitelist": "file", "format_whitelist": ALLOWED_FORMATS, "max_pixels": str(MAX_PIXELS)}
         container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except (FFmpegError, OSError) as error:
@@ -217,7 +215,7 @@ def _open(path: Path) -> Iterator[tuple]:
         raise InputError(f"{path} {problem} ({reason(error)}); use a complete video file") from error
     with container:
         stream = container.streams.best("video")
-        # The cover image of an audio file is not a video.
+        # The cover image of an audio file is stored as a video stream.
         if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
             raise InputError(f"{path} has no video stream, only {kinds or 'nothing'}; use a video")
@@ -229,33 +227,30 @@ def _open(path: Path) -> Iterator[tuple]:
         yield container, stream
 
 
-def _grid_rate(container, stream) -> Fraction:
-    """Slots per second: FFmpeg's average rate, or its guess of a constant rate that most frames follow.
+def _constant_rate(container, stream) -> Fraction:
+    """The constant frame rate of a video: FFmpeg's average rate, or its guess of the rate of most frames.
 
-    The guess is used where it is somewhat higher than the average, as in a clip with a pause. At about double the
-    average or more it counts fields or clock ticks instead of frames. In a GIF, whose clock ticks 100 times per second,
-    the average covers only the first frames or one long pause, so the guess is used up to 50.
+    The guess is used if it is somewhat higher than the average, as in a clip with a pause. At double the average or
+    more it is the rate of fields or of the container's clock. In a GIF, whose clock runs at 100 Hz, the average covers
+    only the first frames or one long pause, so the guess is used up to 50.
     """
-    rates = stream.average_rate, stream.guessed_rate
-    average, guess = (rate if rate and MIN_FPS <= rate <= MAX_FPS else None for rate in rates)
+
+    def plausible(rate: Fraction | None) -> Fraction | None:
+        return rate if rate and MIN_FPS <= rate <= MAX_FPS else None
+
+    average, guess = plausible(stream.average_rate), plausible(stream.guessed_rate)
     if average and guess:
         use_guess = guess <= 50 if container.format.name == "gif" else 1.02 < guess / average < 1.9
         return Fraction(guess if use_guess else average)
     return Fraction(average or guess or 25)
 
 
-def _truncation(container, packet, reached: Fraction) -> str:
-    """Why the file ends at this packet, or "". FFmpeg reports no error where a Matroska or WebM file is truncated."""
+def _truncation(container, packet, end_time: Fraction) -> str:
+    """How the file is truncated at this packet, or "". For Matroska and WebM, FFmpeg does not report it as an error."""
     duration = Fraction(container.duration or 0, av.time_base)
-    if packet.size == 0 and "matroska" in container.format.name and reached + 1 < duration:
-        return f"it ends at {float(reached):.1f} of {float(duration):.1f} s"
+    if packet.size == 0 and "matroska" in container.format.name and end_time + 1 < duration:
+        return f"it ends at {float(end_time):.1f} of {float(duration):.1f} s"
     return "a frame is truncated" if packet.is_corrupt else ""
-
-
-def _pixel_aspect(stream) -> Fraction:
-    """Width ÷ height of a pixel; 1 if the file has none or an implausible one."""
-    aspect = stream.sample_aspect_ratio or 1
-    return Fraction(aspect if Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT else 1)
 
 
 def _to_rgb(path: Path, frame: av.VideoFrame, pixel_aspect: Fraction) -> UInt8[np.ndarray, "H W 3"]:
