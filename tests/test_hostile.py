@@ -222,7 +222,8 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("free", [0, 16_384])
 def test_on_a_full_disk_existing_files_stay_unchanged(sd1, small_disk, stage, free):
-    run = RunDirectory(small_disk / "run").create()
+    run = RunDirectory(small_disk / "run")
+    run.create()
     run.write("config.json", "{}")
     run.write("edits/a.mp4", "before")
     run.write("edits/a.gif", "before")

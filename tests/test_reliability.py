@@ -136,7 +136,7 @@ with Stop() as stop:
     if phase != "loading":
         stop.steps_begin()
     if phase in ("preview", "slow save"):
-        with stop.during(save):
+        with stop.saving_with(save):
             print("ready"); pbkdf2_hmac("sha256", b"", b"", 10**9)  # one long instruction, like a compilation
     print("ready")
     while not stop.requested or phase == "loading":
@@ -248,7 +248,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_detected_and_the_previous_one_is_used(run_copy, damage):
-    assert checksums.examine(run_copy / "checkpoints") == checksums.Found(6, [])
+    assert checksums.examine(run_copy / "checkpoints") == checksums.Examination(6, [])
     DAMAGES[damage](run_copy / "checkpoints/6")
     before = contents(run_copy)
     found = checksums.examine(run_copy / "checkpoints")

@@ -135,14 +135,14 @@ def test_failed_checkpoint_leaves_the_previous_one(finished_run, run_copy, setti
 
 
 def test_run_steps_fetches_metrics_late_but_before_a_save():
-    """`lag` steps late, and all of them at the last step and where `complete` is true."""
+    """`lag` steps late, and all of them at the last step and where `fetch_all` is true."""
     progress_of = {}
 
     def step_fn(state, step):
         return state, StepMetrics(jnp.float32(step), jnp.float32(0))
 
     fetched = []
-    for progress in run_steps(step_fn, TrainState(State({}), ()), 2, 9, lag=3, complete=lambda done: done == 7):
+    for progress in run_steps(step_fn, TrainState(State({}), ()), 2, 9, lag=3, fetch_all=lambda done: done == 7):
         fetched += [(number, float(values.loss)) for number, values in progress.metrics]
         progress_of[progress.done] = progress
         assert progress.complete == (progress.done in (7, 9))
@@ -202,8 +202,8 @@ def test_edit_of_an_earlier_checkpoint_equals_the_edit_of_a_run_stopped_there(ru
 @pytest.mark.slow
 def test_sampling_with_fewer_steps_than_the_inversion_uses_a_subset_of_its_timesteps(run_copy, monkeypatch):
     run, inverted = Run.open(run_copy), []
-    real = edit.inverted
-    monkeypatch.setattr(edit, "inverted", lambda *args: inverted.append(real(*args)) or inverted[-1])
+    real = edit.invert_cached
+    monkeypatch.setattr(edit, "invert_cached", lambda *args: inverted.append(real(*args)) or inverted[-1])
     run.config.edit.update(inversion_steps=4, steps=3)
     frames = frames_of(run, "blue square")
     tav = TuneAVideo.restore(run_copy)

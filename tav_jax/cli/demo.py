@@ -1,4 +1,4 @@
-"""`tav demo`"""
+"""`tav demo`: the whole method on the embedded model."""
 
 import argparse
 

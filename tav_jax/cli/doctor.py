@@ -1,11 +1,10 @@
 """`tav doctor`: what this machine has, what is missing, and the command that fixes it."""
 
-import importlib.util
+import argparse
 import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib import metadata
 from typing import NamedTuple
 
 from tav_jax.training import environment
@@ -14,19 +13,19 @@ from tav_jax.training import environment
 class Finding(NamedTuple):
     ok: bool
     text: str
-    fix: str = ""  # a command
+    fix: str = ""  # the command that fixes it
 
 
 REQUIRED = (
     *(name for name in environment.PACKAGES if name != "tav_jax"),
     *("safetensors", "imageio", "ml_collections", "filelock"),
 )
-# package → its use, the extra that installs it
+# package → (what it is used for, the extra that installs it)
 OPTIONAL = {
-    "torch": ("reads .bin weights", "torch"),
-    "tensorboardX": ("TensorBoard logs", "tensorboard"),
-    "wandb": ("Weights & Biases logs", "wandb"),
-    "gcsfs": ("gs:// paths", "tpu"),
+    "torch": ("for .bin weights", "torch"),
+    "tensorboardX": ("for TensorBoard logs", "tensorboard"),
+    "wandb": ("for Weights & Biases logs", "wandb"),
+    "gcsfs": ("for gs:// paths", "tpu"),
 }
 
 
@@ -34,25 +33,19 @@ def examine() -> Iterator[Finding]:
     yield Finding(True, f"Python {platform.python_version()} on {platform.platform()}")
     if commit := environment.commit():
         yield Finding(True, f"tav_jax from the git commit {commit}")
-    for name in REQUIRED:
-        yield _package(name)
-    for name, (use, extra) in OPTIONAL.items():
-        if importlib.util.find_spec(name) is not None:
-            yield Finding(True, f"{name} {metadata.version(name)} ({use})")
-        else:
-            yield Finding(True, f"{name} is not installed: optional, {use}", f"pip install 'tav_jax[{extra}]'")
+    for name, version in environment.versions(REQUIRED).items():
+        missing = version == environment.NOT_INSTALLED
+        yield Finding(not missing, f"{name} {version}", f"pip install {name}" * missing)
+    for name, version in environment.versions(tuple(OPTIONAL)).items():
+        use, extra = OPTIONAL[name]
+        missing = version == environment.NOT_INSTALLED
+        yield Finding(True, f"{name} {version} (optional, {use})", f"pip install 'tav_jax[{extra}]'" * missing)
     yield from _devices()
     for name, value in environment.flags().items():
         yield Finding(True, f"{name} is set: {value}")
-    yield _encoder()
-    yield from _hub()
-
-
-def _package(name: str) -> Finding:
-    try:
-        return Finding(True, f"{name} {metadata.version(name)}")
-    except metadata.PackageNotFoundError:
-        return Finding(False, f"{name} is not installed", f"pip install {name}")
+    yield _video_encoders()
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES"):
+        yield Finding(True, "HF_HUB_OFFLINE is set: only hub models that are downloaded already can be used")
 
 
 def _devices() -> Iterator[Finding]:
@@ -60,8 +53,8 @@ def _devices() -> Iterator[Finding]:
         import jax
 
         devices = jax.devices()
-    except Exception as error:  # of many types
-        yield Finding(False, f"JAX finds no device ({str(error).splitlines()[0]})", "unset JAX_PLATFORMS")
+    except Exception as error:  # ImportError, RuntimeError and others
+        yield Finding(False, f"JAX cannot be used ({str(error).splitlines()[0]})", "unset JAX_PLATFORMS")
         return
     kinds = {d.device_kind for d in devices}
     stats = devices[0].memory_stats() or {}
@@ -79,7 +72,7 @@ def _devices() -> Iterator[Finding]:
             yield Finding(True, "no accelerator: small models run well, Stable Diffusion very slowly")
 
 
-def _encoder() -> Finding:
+def _video_encoders() -> Finding:
     try:
         import av
     except ImportError as error:
@@ -89,13 +82,8 @@ def _encoder() -> Finding:
     return Finding(True, "video: H.264 and AAC can be written")
 
 
-def _hub() -> Iterator[Finding]:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES"):
-        yield Finding(True, "HF_HUB_OFFLINE is set: only hub models that are downloaded already can be used")
-
-
-def report() -> int:
-    """Print all findings. The exit status is 0 if nothing that is required is missing."""
+def run(_: argparse.Namespace) -> int:
+    """Print all findings. The exit status is 0 if everything that is required is there."""
     problems = 0
     for finding in examine():
         print(f"{'ok ' if finding.ok else 'BAD'}  {finding.text}")

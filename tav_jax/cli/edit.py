@@ -1,4 +1,4 @@
-"""`tav edit`: one checkpoint, one inversion and one compilation for any number of prompts."""
+"""`tav edit`: sample edited clips. All prompts share one inversion and one compilation."""
 
 import argparse
 import hashlib
@@ -30,16 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None:
             training_run.config.edit[name] = value
     training_run.config = configs.validate(training_run.config)
-    paths = edit(
-        training_run,
-        arguments.prompt or training_run.config.edit.prompts,
-        step=arguments.step,
-        out=arguments.out,
-        inversion=not arguments.no_inversion,
-        seeds=arguments.seed or (0,),
-        suffix=".gif" if arguments.gif else ".mp4",
-        force=arguments.force,
-    )
+    prompts = arguments.prompt or training_run.config.edit.prompts
+    options = {"inversion": not arguments.no_inversion, "seeds": arguments.seed or (0,), "force": arguments.force}
+    suffix = ".gif" if arguments.gif else ".mp4"
+    paths = edit(training_run, prompts, step=arguments.step, out=arguments.out, suffix=suffix, **options)
     if processes.is_primary():
         print("\n".join(f"Wrote {path}" for path in paths))
     return 0
@@ -56,37 +50,40 @@ def edit(
     suffix: str = ".mp4",
     force: bool = False,
 ) -> list[str]:
-    """Sample the prompts with the run's settings and write a video of each, and one of all side by side.
-
-    `step` chooses a checkpoint, by default the newest. Gives the paths of the videos.
-    """
-    e = run.config.edit
+    """Sample the prompts with the run's settings. Writes a video for each prompt and one that shows all side by side, and
+    returns their paths. `step` is the step of the checkpoint, by default the newest."""
+    settings = run.config.edit
     if not prompts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
     if inversion:
-        configs.check_edit_steps(e)
-    elif e.strength < 1:
-        raise InputError(f"strength is {e.strength:g}, but --no-inversion leaves no clip to keep; add --strength=1")
+        configs.check_edit_steps(settings)
+    elif settings.strength < 1:
+        raise InputError(
+            f"strength is {settings.strength:g}, but --no-inversion leaves no clip to keep; add --strength=1"
+        )
     options = {"step": step, "out": out, "inversion": inversion, "seeds": list(seeds), "suffix": suffix, "force": force}
-    processes.check_same({"prompts": list(prompts), **options, **{f"edit.{name}": value for name, value in e.items()}})
+    options |= {f"edit.{name}": value for name, value in settings.items()}
+    processes.check_same({"prompts": list(prompts), **options})
     outputs = _outputs(prompts, (None,) if inversion else seeds, suffix)
     directory = RunDirectory(out) if out else run.directory
     prefix = "" if out else "edits/"
     combined = prefix + file_names(["side by side " + ", ".join(prompts)])[0] + suffix
     names = (*(prefix + name for _, _, name in outputs), combined)
-    processes.run_on_primary("checking the outputs", lambda: check_free(directory, () if force else names))
+    processes.run_on_primary("checking the outputs", lambda: _check_outputs(directory, () if force else names))
 
     run.directory.remove_scratch()
     clip = run.load_clip()
     step = run.checkpoints.newest if step is None else step
     tav = TuneAVideo.restore(run.directory, step=step, run=run)
     tav.source = clip
-    noise = inverted(run, tav, clip, step) if inversion else None
+    noise = invert_cached(run, tav, clip, step) if inversion else None
+    sampling = sampling_options(settings) | ({} if inversion else {"inversion_steps": None})
     edits: list[Edit] = []
     for seed in dict.fromkeys(seed for _, seed, _ in outputs):
         start = tav.noise(seed or 0, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
-        sampling = sampling_options(e) if inversion else sampling_options(e) | {"inversion_steps": None}
-        edits += sample_in_batches(tav, [prompt for prompt, at, _ in outputs if at == seed], start, sampling)
+        edits += sample_in_batches(
+            tav, [prompt for prompt, its_seed, _ in outputs if its_seed == seed], start, sampling
+        )
 
     for sampled, (_, _, name) in zip(edits, outputs, strict=True):
         publish_video(directory, Clip(sampled.frames, sampled.fps, sampled.audio), prefix + name)
@@ -94,14 +91,14 @@ def edit(
     return [str(directory / name) for name in names]
 
 
-def check_free(directory: RunDirectory, names: Sequence[str]) -> None:
+def _check_outputs(directory: RunDirectory, names: Sequence[str]) -> None:
     directory.check_writable()
-    if taken := [name for name in names if (directory / name).exists()]:
-        raise InputError(f"{directory / taken[0]} exists already; add --force to overwrite, or give another --out")
+    if existing := [name for name in names if (directory / name).exists()]:
+        raise InputError(f"{directory / existing[0]} exists already; add --force to overwrite, or give another --out")
 
 
 def _outputs(prompts: Sequence[str], seeds: Sequence[int | None], suffix: str) -> list[tuple[str, int | None, str]]:
-    """(prompt, seed, file name) of every video; a repeated prompt is sampled once."""
+    """(prompt, seed, file name) of each video. Repeated prompts are dropped."""
     prompts = list(dict.fromkeys(prompts))
     return [
         (prompt, seed, name + (f"-seed{seed}" if seed is not None else "") + suffix)
@@ -111,7 +108,7 @@ def _outputs(prompts: Sequence[str], seeds: Sequence[int | None], suffix: str) -
 
 
 def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], start: Any, options: dict[str, Any]) -> list[Edit]:
-    """All prompts, as many at a time as the memory holds. The last batch is padded, so that all share one program."""
+    """Sample as many prompts at a time as fit in memory. The last batch is padded, to be compiled only once."""
     fitting = memory.prompt_batch_size(len(prompts), tav.memory_estimator.prompt_bytes(start))
     size = min(processes.gather("the batch size", fitting))
     edits: list[Edit] = []
@@ -123,10 +120,10 @@ def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], start: Any, optio
     return edits
 
 
-def inverted(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
-    """The clip's noise, cached in the run's directory under everything that it depends on."""
+def invert_cached(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
+    """The inverted clip, cached in the run's directory. The file name is a hash of all that the result depends on."""
     steps = run.config.edit.inversion_steps
-    depends = {
+    dependencies = {
         "frames": clip_digest(clip),
         "shape": clip.frames.shape,
         "base": tav.components.fingerprint,
@@ -134,7 +131,7 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
         "model": run.config.model.to_dict(),
         "steps": steps,
     }
-    key = hashlib.blake2b(json.dumps(depends, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(json.dumps(dependencies, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
     name = f"inversions/{key}.npz"
     cached = _read_noise(run.directory, name)
     if not processes.any_process(cached is None):
@@ -150,11 +147,8 @@ def inverted(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
 
 
 def _read_noise(directory: RunDirectory, name: str) -> Any:
-    file = directory.fetch(name)
-    if file is None:
-        return None
     try:
-        with np.load(file) as table:
+        with np.load(directory.fetch(name)) as table:
             return jnp.asarray(table["noise"])
-    except (OSError, ValueError, KeyError, EOFError):  # damaged: computed again
+    except (OSError, ValueError, KeyError, EOFError):  # a damaged file is ignored
         return None

@@ -1,4 +1,4 @@
-"""`tav export`"""
+"""`tav export`: a tuned run as a directory in the Diffusers layout."""
 
 import argparse
 
@@ -14,7 +14,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tav_jax.pipeline import TuneAVideo
 
     processes.check_same({"--out": arguments.out, "--step": arguments.step})
-    processes.run_on_primary("checking --out", lambda: check_target(arguments.out) and None)
+    processes.run_on_primary("checking --out", lambda: str(check_target(arguments.out)))
     TuneAVideo.restore(arguments.workdir, step=arguments.step).save_pretrained(arguments.out)
     if processes.is_primary():
         print(f"Wrote {arguments.out}.")

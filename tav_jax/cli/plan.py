@@ -1,16 +1,15 @@
-"""`tav plan`"""
+"""`tav plan`: memory and time of a run on a TPU, from compilation alone."""
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from tav_jax.cli.settings import read_config
 from tav_jax.errors import InputError, short_repr
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    config = read_config(rest)
+def run(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments.settings)
     from tav_jax import plan
 
     plan.prepare_environment()  # before anything imports JAX

@@ -1,4 +1,4 @@
-"""The config of a command line: `--config=FILE --config.NAME=VALUE …`."""
+"""Reads the config from `--config=FILE --config.NAME=VALUE …`."""
 
 import os
 import sys
@@ -11,50 +11,46 @@ from tav_jax.errors import InputError, MissingError, TavError
 
 
 def read_config(arguments: Sequence[str]) -> Any:
-    """Parsed by absl and ml_collections, then validated."""
+    """The validated config. absl and ml_collections parse the overrides."""
     from absl import flags
     from ml_collections import config_flags
 
     if unknown := [a for a in arguments if not a.startswith(("--config=", "--config."))]:
         raise InputError(f"{unknown[0]!r} is not an option; settings are --config.NAME=VALUE")
-    names = [a.removeprefix("--config.").split("=")[0] for a in arguments if a.startswith("--config.")]
-    if complaints := config.unknown_settings(names):
-        raise InputError("; ".join(complaints))
-    path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), "")
+    files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    overrides = [a for a in arguments if a.startswith("--config.")]
+    if problems := config.unknown_settings(a.removeprefix("--config.").split("=")[0] for a in overrides):
+        raise InputError("; ".join(problems))
+    path = files[-1] if files else ""
     if path and not os.path.isfile(path.split(":")[0]):
         raise MissingError(f"{path} does not exist; give a config file such as configs/default.py")
     known = dict(config.leaves(config.get_config()))
-    arguments = [_single_text_to_list(argument, known) for argument in arguments]
-    values = flags.FlagValues()
-    saved_argv, sys.argv = sys.argv, ["tav", *arguments]  # where ml_collections reads overrides
+    argv, values = ["tav", *(_quote_single_text(a, known) for a in overrides)], flags.FlagValues()
     try:
         if path.endswith(".json"):
-            sys.argv = [a for a in sys.argv if not a.startswith("--config=")]
             stored = config.from_json(Path(path).read_text())
-            config_flags.DEFINE_config_dict("config", stored, flag_values=values)
+            config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
         else:
-            config_flags.DEFINE_config_file("config", path or config.__file__, flag_values=values)
-        values(sys.argv)
+            config_flags.DEFINE_config_file("config", path or config.__file__, flag_values=values, sys_argv=argv)
+        values(argv)
         return config.validate(values.config)
     except TavError:
         raise
-    except Exception as error:  # of many kinds: from the config file itself, a misspelt name, a wrong type
+    except Exception as error:  # of any type: the config file is a program
         message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()) or type(error).__name__
         raise InputError(f"the config cannot be read: {message}") from error
-    finally:
-        sys.argv = saved_argv
 
 
-def _single_text_to_list(argument: str, known: dict[str, Any]) -> str:
-    """`--config.edit.prompts=a man is skiing` is a list of one text."""
+def _quote_single_text(argument: str, known: dict[str, Any]) -> str:
+    """Accept `edit.prompts=a man is skiing` for a setting that is a list of texts."""
     name, _, value = argument.removeprefix("--config.").partition("=")
-    if isinstance(known.get(name), tuple) and not value.lstrip().startswith(("(", "[", "'", '"')):
+    if isinstance(known[name], tuple) and not value.lstrip().startswith(("(", "[", "'", '"')):
         return f"--config.{name}=({value!r},)"
     return argument
 
 
 def silence_background_tracebacks() -> None:
-    """Orbax's threads log a failed write with tracebacks; the one sentence that follows says the same."""
+    """Orbax's threads log the traceback of a failed write. `tav` reports the same error in one sentence."""
     import logging
 
     from absl import logging as absl_logging

@@ -1,18 +1,17 @@
-"""`tav train`"""
+"""`tav train`: start or continue a run."""
 
 import argparse
-from collections.abc import Sequence
 
 from tav_jax.cli.settings import read_config, silence_background_tracebacks
 from tav_jax.distributed import processes
 from tav_jax.training.preemption import Stop
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     silence_background_tracebacks()
     with Stop() as stop:  # before anything slow is imported
         processes.initialize(preemption=True)
-        config = read_config(rest)
+        config = read_config(arguments.settings)
         from tav_jax.distributed import compilation_cache
         from tav_jax.training.loop import train
         from tav_jax.training.run import Run

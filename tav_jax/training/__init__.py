@@ -1,1 +1,1 @@
-"""Training on one clip: the jitted step, the loop of `tav train`, and what a run keeps in its directory."""
+"""Training on one clip: the jitted step, the loop of `tav train`, and the run directory with its checkpoints."""

@@ -1,7 +1,7 @@
 # pyright: reportCallIssue=false
 """Checkpoints, with Orbax: trained weights, Adam's state, step, config, and the fingerprint of the base model.
 
-Frozen weights are those of the base model and are not saved: a checkpoint of Stable Diffusion has about 0.9 GB, not 4.
+Frozen weights are not saved, since they are the base model's: a checkpoint of Stable Diffusion takes about 0.9 GB.
 """
 
 import shutil
@@ -18,20 +18,22 @@ from tav_jax.io.weights import flat
 from tav_jax.training import checksums
 from tav_jax.training.train_step import TrainState
 
-# An old checkpoint is moved here before its files are deleted, so that a kill cannot leave half of it under its name.
+# Old checkpoints are moved here and then deleted, so that a kill leaves no partial checkpoint under its final name.
 REMOVED = ".removed"
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving is asynchronous: training continues while files are written."""
+    """The checkpoints of one run. Saving is asynchronous: training continues while files are written.
+
+    The constructor verifies the existing checkpoints; `messages` has a sentence for each damaged one. With `repair`,
+    which requires the run's lock, it also renames damaged checkpoints and removes unfinished ones.
+    """
 
     def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0, repair: bool = False):
-        """Verifies the existing checkpoints. With `repair`, for the one process that saves here, damaged checkpoints
-        are renamed and unfinished ones removed; `messages` describes what was found."""
         self.directory = directory
-        self._saving: int | None = None  # the step whose files may not be complete yet
+        self._saving: int | None = None  # the step that was saved last, perhaps not completely on disk yet
         self._repair = repair
-        self._found, self.messages = processes.run_on_primary("verifying the checkpoints", self._examine)
+        self._intact, self.messages = processes.run_on_primary("verifying the checkpoints", self._verify)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_newest,
             keep_period=keep_every or None,
@@ -42,41 +44,36 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(directory, options=options, item_names=("train_state", "metadata"))
 
-    def _examine(self) -> list[Any]:
-        """The newest intact checkpoint, and a message for each damaged one after it."""
+    def _verify(self) -> list[Any]:
+        """The step of the newest intact checkpoint, and a message for each newer one, which is damaged."""
         self._delete_removed()
         found = checksums.examine(self.directory)
         messages = []
         for step, reason in found.damaged:
-            renamed = f"; it is kept as {checksums.set_aside(self.directory, step)}" if self._repair else ""
-            damaged = f"The checkpoint of step {step} is damaged ({reason}){renamed}"
-            messages.append(f"{damaged}. Step {found.newest} is used.")
+            kept = f"; it is kept as {checksums.rename_damaged(self.directory, step)}" if self._repair else ""
+            messages.append(f"The checkpoint of step {step} is damaged ({reason}){kept}. Step {found.newest} is used.")
         return [found.newest, messages]
 
     @property
     def newest(self) -> int | None:
         """The step of the newest intact checkpoint."""
-        return self._found if self._saving is None else self._saving
-
-    # ------------------------------------------------------------------------------------------- saving
+        return self._intact if self._saving is None else self._saving
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
         if step == self._saving or step in self.manager.all_steps():
             return
-        self.wait()  # for the previous one, as Orbax would: its checksums are written for `_saving`
-        items = ocp.args.Composite(
-            train_state=ocp.args.StandardSave(_tree(state)),
-            metadata=ocp.args.JsonSave({**metadata, "step": step}),
-        )
-        before, self._saving = self._saving, step
+        self.wait()  # until then, `_write_checksums` needs the previous value of `_saving`
+        arrays = ocp.args.StandardSave(_to_dict(state))
+        items = ocp.args.Composite(train_state=arrays, metadata=ocp.args.JsonSave({**metadata, "step": step}))
+        previous, self._saving = self._saving, step
         try:
             self.manager.save(step, args=items)
         except (OSError, ValueError) as error:
-            self._saving = before
+            self._saving = previous
             raise self._write_error(step, error) from error
 
     def wait(self) -> None:
-        """Wait until everything that was saved is on disk."""
+        """Wait until the saved checkpoint is on disk."""
         try:
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:
@@ -84,69 +81,60 @@ class Checkpoints:
         self._delete_removed()
 
     def _write_checksums(self) -> None:
-        """Called by Orbax when a checkpoint's files are complete, before it renames their directory. In a bucket they
-        are written under their final name."""
+        """Orbax calls this when a checkpoint's files are complete, before it renames their directory. A bucket has no
+        rename: there Orbax writes under the final name."""
         if jax.process_index() == 0:
             unfinished = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
             checksums.write(unfinished[0] if unfinished else self.directory / str(self._saving))
 
     def _delete_removed(self) -> None:
-        # In a bucket Orbax deletes at once: nothing can be moved there.
+        # In a bucket nothing can be moved: Orbax deletes the checkpoint itself.
         if self._repair and jax.process_index() == 0 and "://" not in str(self.directory):
             shutil.rmtree(self.directory / REMOVED, ignore_errors=True)
 
     def _write_error(self, step: int | None, error: Exception) -> InputError:
         if self._saving is not None and self._saving not in self.manager.all_steps(read=True):
-            step = self._saving  # a write that failed in the background is reported when the next one starts
+            step = self._saving  # its write failed in the background, and Orbax raises the error at the next call
         return InputError(
             f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); earlier ones "
             "are intact. Free some space and run the same command again."
         )
 
-    # ------------------------------------------------------------------------------------------- restoring
-
     def read_metadata(self, step: int | None = None) -> dict[str, Any]:
         return self._restore(step, metadata=ocp.args.JsonRestore())["metadata"]
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
-        """The saved state, by default the newest. Its arrays replace those of `state`, which gives the shapes."""
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(state))
+        """Load a saved state, by default the newest, into the variables of `state`. Shapes must be equal."""
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_dict(state))
         saved = self._restore(step, train_state=ocp.args.StandardRestore(shapes))["train_state"]
         adam = state.opt_state[0]
-        _fill(state.params, saved["trained"])
-        _fill(adam.mu, saved["mu"])
-        _fill(adam.nu, saved["nu"])
+        for variables, name in ((state.params, "trained"), (adam.mu, "mu"), (adam.nu, "nu")):
+            for path, variable in flat(variables).items():
+                variable.set_value(_uncommitted(saved[name][path]))
         opt_state = (adam._replace(count=_uncommitted(saved["count"])), *state.opt_state[1:])
         return TrainState(state.params, opt_state)
-
-    def restore_params(self, params: nnx.State, step: int | None = None) -> None:
-        """Load only the trained weights into `params`."""
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-        saved = flat(self.restore(TrainState.create(zeros), step).params)
-        _fill(params, {name: leaf.get_value() for name, leaf in saved.items()})
 
     def _restore(self, step: int | None, **items: Any) -> Any:
         step = self.newest if step is None else step
         if step is None:
             raise MissingError(f"{self.directory} holds no checkpoint yet; run `tav train` until one is written")
         if step not in (steps := sorted(self.manager.all_steps())):
-            raise MissingError(
-                f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}"
-            )
+            found = ", ".join(map(str, steps)) or "none"
+            raise MissingError(f"{self.directory} has no checkpoint of step {step}; it has {found}")
         checkpoint = self.directory / str(step)
         if step != self.newest and (reason := checksums.damage(checkpoint)):
             raise WeightsError(f"the checkpoint of step {step} is damaged ({reason}); use another of {self.directory}")
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # of many types, even a bare Exception
-            if checksums.damage(checkpoint) is None:  # the files are intact: the cause is another one
+        except Exception as error:  # Orbax raises errors of many types, even Exception itself
+            if checksums.damage(checkpoint) is None:  # the error has another cause
                 raise
             reason = _reason(error.__cause__ or error)
             raise WeightsError(f"the checkpoint {checkpoint} cannot be read ({reason}); it is damaged") from error
 
 
-def _tree(state: TrainState) -> dict[str, Any]:
-    """Plain dicts by name, so that a checkpoint does not depend on the classes of a library."""
+def _to_dict(state: TrainState) -> dict[str, Any]:
+    """Arrays by name in plain dicts, so that the format does not depend on the classes of Flax and optax."""
     adam = state.opt_state[0]
 
     def values(state: nnx.State) -> dict[str, jax.Array]:
@@ -155,14 +143,9 @@ def _tree(state: TrainState) -> dict[str, Any]:
     return {"trained": values(state.params), "mu": values(adam.mu), "nu": values(adam.nu), "count": adam.count}
 
 
-def _fill(state: nnx.State, values: dict[str, jax.Array]) -> None:
-    for name, leaf in flat(state).items():
-        leaf.set_value(_uncommitted(values[name]))
-
-
 def _uncommitted(x: jax.Array) -> jax.Array:
-    """Orbax commits arrays to a device, and a committed argument would compile the training step again. Arrays on
-    several devices keep their sharding."""
+    """Orbax commits arrays to a device, and a committed argument would recompile the training step. Arrays on several
+    devices keep their sharding."""
     return x if len(x.sharding.device_set) > 1 else jnp.asarray(jax.device_get(x))
 
 

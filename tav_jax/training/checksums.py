@@ -1,7 +1,7 @@
 """Checksums of a checkpoint's files, written just before Orbax gives the checkpoint its final name.
 
-Orbax names a checkpoint only when it is complete, but neither Orbax nor the formats below it notice every flipped bit,
-and after a power failure a directory can exist without its contents. Checkpoints are verified before Orbax opens them.
+Orbax gives a checkpoint its name only when it is complete. But not every flipped bit is detected when Orbax reads a
+file, and after a power failure a directory can exist without its contents. So checkpoints are verified before use.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tav_jax.errors import WeightsError
 
 FILE = "checksums.json"
-METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the time of the commit is added last
+METADATA = "_CHECKPOINT_METADATA"  # written by Orbax, which adds the time of the commit after the checksums
 EXCLUDED = (FILE, f".{FILE}", "commit_success.txt")  # written after the checksums
 BLOCK = 1 << 22  # bytes
 
@@ -23,11 +23,9 @@ class Damage(NamedTuple):
     reason: str
 
 
-class Found(NamedTuple):
-    """The checkpoints in a directory."""
-
-    newest: int | None  # the newest that is intact
-    damaged: list[Damage]  # those after it
+class Examination(NamedTuple):
+    newest: int | None  # the step of the newest intact checkpoint
+    damaged: list[Damage]  # newer checkpoints
 
 
 def write(checkpoint: Any) -> None:
@@ -45,10 +43,9 @@ def write(checkpoint: Any) -> None:
 
 
 def damage(checkpoint: Any) -> str | None:
-    """What is damaged in a checkpoint, in a few words; None if it is intact."""
+    """The reason why a checkpoint is damaged; None if it is intact."""
     try:
-        table = json.loads((checkpoint / FILE).read_text())
-        expected = {str(name): str(value) for name, value in table.items()}
+        expected = dict(json.loads((checkpoint / FILE).read_text()).items())
     except FileNotFoundError:
         return f"{FILE} is missing"
     except (OSError, ValueError, AttributeError):
@@ -65,40 +62,34 @@ def damage(checkpoint: Any) -> str | None:
     return None
 
 
-def examine(directory: Any) -> Found:
-    """Find the newest intact checkpoint. If there is none, the newest without checksums is taken, as an early version
-    wrote it; damage to that is found when Orbax reads it."""
+def examine(directory: Any) -> Examination:
+    """Find the newest intact checkpoint. If there is none, use the newest without checksums, which early versions did not
+    write; Orbax may find damage when it reads that."""
     damaged: list[Damage] = []
-    steps = _steps(directory)
+    names = [x.name for x in directory.iterdir() if x.is_dir()] if directory.exists() else []
+    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)  # unfinished ones have longer names
     for step in steps:
         if (reason := damage(directory / str(step))) is None:
-            return Found(step, damaged)
+            return Examination(step, damaged)
         damaged.append(Damage(step, reason))
     for i, step in enumerate(steps):
         if not (directory / str(step) / FILE).exists():
-            return Found(step, damaged[:i])
+            return Examination(step, damaged[:i])
     if damaged:
+        reasons = "; ".join(f"step {step}, {reason}" for step, reason in damaged)
         raise WeightsError(
-            f"every checkpoint in {directory} is damaged: "
-            + "; ".join(f"step {step}, {reason}" for step, reason in damaged)
-            + ". Nothing was changed. Restore one from a copy, or start again in another --workdir."
+            f"every checkpoint in {directory} is damaged: {reasons}. Nothing was changed. Restore one from a copy, or "
+            "start again in another --workdir."
         )
-    return Found(None, [])
+    return Examination(None, [])
 
 
-def set_aside(directory: Any, step: int) -> str:
+def rename_damaged(directory: Any, step: int) -> str:
     """Rename a damaged checkpoint, so that its step can be saved again. Returns the new name."""
     names = (f"{step}.damaged{'' if n == 1 else f'-{n}'}" for n in range(1, 10_000))
     name = next(name for name in names if not (directory / name).exists())
     (directory / str(step)).rename(directory / name)
     return name
-
-
-def _steps(directory: Any) -> list[int]:
-    """Newest first, without unfinished ones, which have longer names."""
-    if not directory.exists():
-        return []
-    return sorted((int(x.name) for x in directory.iterdir() if x.name.isdecimal() and x.is_dir()), reverse=True)
 
 
 def _files(directory: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -116,7 +107,7 @@ def _hash(file: Any) -> str:
             metadata = json.loads(file.read_text())
             digest.update(json.dumps({**metadata, "commit_timestamp_nsecs": None}, sort_keys=True).encode())
         except (ValueError, TypeError):
-            digest.update(b"damaged")
+            digest.update(b"damaged")  # equal to no other checksum
         return digest.hexdigest()
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):

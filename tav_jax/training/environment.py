@@ -1,4 +1,4 @@
-"""What a result depends on besides its config: versions, devices, flags, and the git commit."""
+"""What else than its config determines the result of a run: versions, devices, flags, and the git commit."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from tav_jax.distributed import processes
 
 PACKAGES = ("tav_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "av")
+NOT_INSTALLED = "not installed"  # also tav_jax itself, where a checkout is on sys.path
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES")
 
 
@@ -36,24 +38,19 @@ def describe() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # tav_jax in a checkout that is not installed
-            found[name] = "not installed"
-    return found
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    installed = {name: list(metadata.distributions(name=name)) for name in packages}
+    return {name: found[0].version if found else NOT_INSTALLED for name, found in installed.items()}
 
 
 def flags() -> dict[str, str]:
-    """Environment variables that change what a program computes, or on which devices."""
+    """Environment variables that change the results of a program or the devices that it uses."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(FLAGS)}
 
 
 def commit(checkout: Path = Path(__file__).parents[2]) -> str | None:
-    """The git commit of the checkout that contains this package, with "+ changes" if files differ from it. None if the
-    package is not in a checkout."""
+    """The git commit of the checkout that contains this package, with "+ changes" if it has uncommitted changes. None
+    outside of a checkout."""
     if not (checkout / ".git").exists():
         return None
 

@@ -1,4 +1,4 @@
-"""`tav train`: setup, data, model, training loop, checkpoints, previews."""
+"""The loop of `tav train`, with checkpoints, previews and the profiler."""
 
 import contextlib
 import hashlib
@@ -14,14 +14,14 @@ from tav_jax.pipeline import TuneAVideo
 from tav_jax.training import nonfinite
 from tav_jax.training.metrics import Metrics, check_installed
 from tav_jax.training.preemption import Stop, stop_message
-from tav_jax.training.run import Run, is_due, log, parameter_count, publish_video, sampling_options
+from tav_jax.training.run import Run, is_due, log, publish_video, sampling_options
 from tav_jax.training.run_directory import RunDirectory
 from tav_jax.training.train_step import Hyperparameters, run_steps
 from tav_jax.training.trainer import Trainer
 
 
 def train(run: Run, stop: Stop | None = None) -> None:
-    """Train to the last step, or until `stop` is requested: then `StoppedError`."""
+    """Train to the last step. Raises `StoppedError` when `stop` is requested, after the state is saved."""
     check_installed(tensorboard=run.config.log.tensorboard, wandb=run.config.log.wandb)
     with run.directory.lock():
         run.directory.remove_scratch()
@@ -45,17 +45,10 @@ def _train(run: Run, stop: Stop) -> None:
     tav.source = clip
     posterior, text = tav.posterior(clip), tav.encode_text(c.clip.prompt)
     nonfinite.check_inputs(posterior, text, c.model.dtype)
-    trainer = Trainer(
-        tav,
-        posterior,
-        text,
-        hyper=Hyperparameters(c.train.learning_rate, c.train.weight_decay, c.train.max_grad_norm),
-        seed=c.seed,
-        trainable=c.train.trainable,
-        remat=c.train.remat,
-        fsdp=c.mesh.fsdp,
-    )
-    log(start_line(run, trainer, clip, first))
+    hyper = Hyperparameters(c.train.learning_rate, c.train.weight_decay, c.train.max_grad_norm)
+    options = {"seed": c.seed, "trainable": c.train.trainable, "remat": c.train.remat, "fsdp": c.mesh.fsdp}
+    trainer = Trainer(tav, posterior, text, hyper=hyper, **options)
+    log(summary(run, trainer, clip, first))
     if first:
         run.check_base(tav.components, run.checkpoints.read_metadata())
         trainer.state = run.checkpoints.restore(trainer.state)
@@ -70,7 +63,7 @@ def _train(run: Run, stop: Stop) -> None:
     def checkpoint_due(done: int) -> bool:
         return stopping or is_due(done, c.train.checkpoint_every) or done == c.train.steps
 
-    def needs_all_metrics(done: int) -> bool:
+    def needs_all_metrics(done: int) -> bool:  # called once for each step, as `stop_at_this_step` requires
         nonlocal stopping
         stopping = processes.stop_at_this_step(done, stop.requested)
         return checkpoint_due(done) or run.previews_due(done)
@@ -82,8 +75,8 @@ def _train(run: Run, stop: Stop) -> None:
 
     def preview() -> None:
         trainer.load_into_unet()
-        # One process of several cannot write a checkpoint alone; there, stopping waits for the next step.
-        with contextlib.nullcontext() if processes.is_multiprocess() else stop.during(save_now):
+        # With several processes a checkpoint is written by all together, so a stop waits for the next step.
+        with contextlib.nullcontext() if processes.is_multiprocess() else stop.saving_with(save_now):
             write_previews(run, tav, posterior.mean, done, metrics)
 
     try:
@@ -91,7 +84,9 @@ def _train(run: Run, stop: Stop) -> None:
             preview()
         with progress_bar(c.train.steps, "tuning") as bar:
             bar.update(first)
-            for progress in run_steps(trainer.step_fn, trainer.state, first, c.train.steps, complete=needs_all_metrics):
+            for progress in run_steps(
+                trainer.step_fn, trainer.state, first, c.train.steps, fetch_all=needs_all_metrics
+            ):
                 stop.steps_begin()
                 done, trainer.state = progress.done, progress.state
                 for step, values in progress.metrics:
@@ -123,11 +118,11 @@ def _train(run: Run, stop: Stop) -> None:
     log(f"Tuned for {c.train.steps} steps. Edit with `tav edit --workdir={run.directory} --prompt=…`.")
 
 
-def start_line(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
-    """What will be done, printed before anything long begins."""
+def summary(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
+    """What is trained on which data, printed before the first step."""
     c, workload = run.config, trainer.workload
     frames, height, width, _ = clip.frames.shape
-    total = parameter_count(trainer.tav.components.unet)
+    total = sum(x.size for x in jax.tree.leaves(trainer.tav.components.unet))
     needed = workload.bytes_needed(workload.shape, workload.devices)
     action = f"Continuing at step {first} of {c.train.steps}" if first else f"Tuning for {c.train.steps} steps"
     return (
@@ -139,14 +134,14 @@ def start_line(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
 
 def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, metrics: Metrics) -> None:
     """Sample the edit prompts from the inverted clip with the current weights."""
-    e = run.config.edit
+    settings = run.config.edit
     try:
-        noise = tav.invert(latents, steps=e.inversion_steps)
-        for prompt, file in zip(e.prompts, run.preview_files(step), strict=True):
-            edit = tav.sample(prompt, latents=noise, **sampling_options(e))
+        noise = tav.invert(latents, steps=settings.inversion_steps)
+        for prompt, file in zip(settings.prompts, run.preview_files(step), strict=True):
+            edit = tav.sample(prompt, latents=noise, **sampling_options(settings))
             publish_video(run.directory, edit, file)
-            metrics.preview(step, Path(file).stem, edit.frames)
-    except NotFiniteError as error:  # the training itself is sound
+            metrics.log_preview(step, Path(file).stem, edit.frames)
+    except NotFiniteError as error:  # the training can continue
         log(f"No preview at step {step}: {error}")
 
 
@@ -155,17 +150,17 @@ def clip_digest(clip: Clip) -> str:
 
 
 class Profiler:
-    """JAX's profiler over a window of steps. Open the directory with TensorBoard or xprof."""
+    """Profiles a range of steps with JAX's profiler. TensorBoard and xprof show the result."""
 
     def __init__(self, directory: RunDirectory, first: int, steps: int):
         self.directory, self.first, self.last = directory, first, first + steps
         self.running = False
 
     def after(self, step: int) -> None:
-        if self.first and step == self.first and not self.running:
+        if step == self.first:
             jax.profiler.start_trace(str(self.directory.local / "profile"))
             self.running = True
-        elif self.running and step >= self.last:
+        elif step == self.last:
             self.close()
 
     def close(self) -> None:

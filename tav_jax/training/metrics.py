@@ -1,4 +1,4 @@
-"""Metrics of a run: always `metrics.jsonl`, and TensorBoard and Weights & Biases if the config asks for them."""
+"""Metrics of a run, in `metrics.jsonl` and, if the config says so, in TensorBoard and Weights & Biases."""
 
 import importlib.util
 import json
@@ -16,43 +16,41 @@ from tav_jax.errors import MissingError
 from tav_jax.training.run_directory import RunDirectory
 
 FILE = "metrics.jsonl"
-_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def check_installed(*, tensorboard: bool, wandb: str) -> None:
-    """Refuse a config that asks for a logger whose package is not installed."""
-    for name, wanted in (("tensorboard", tensorboard), ("wandb", bool(wandb))):
-        if wanted and importlib.util.find_spec(_PACKAGES[name]) is None:
+    """Refuse a logger whose package is not installed."""
+    for name, package, wanted in (("tensorboard", "tensorboardX", tensorboard), ("wandb", "wandb", wandb)):
+        if wanted and importlib.util.find_spec(package) is None:
             raise MissingError(
-                f"log.{name} is set and {_PACKAGES[name]} is not installed; `pip install 'tav_jax[{name}]'`, or leave "
-                f"log.{name} at its default"
+                f"log.{name} is set and {package} is not installed; `pip install 'tav_jax[{name}]'`, or leave log.{name} "
+                "at its default"
             )
 
 
 class Metrics:
-    """One line for each step. Lines after `step`, left by a run that was killed, are dropped. Of several processes the
-    first one writes."""
+    """Writes one line for each step, in process 0 only. When a run continues at `step`, later lines are removed: the run
+    was killed after it wrote them."""
 
     def __init__(
         self, directory: RunDirectory, step: int, *, tensorboard: bool = False, wandb: str = "", config: Any = None
     ):
         self.directory = directory
-        text = "".join(line + "\n" for line in (directory.read(FILE) or "").splitlines() if _step_of_line(line) <= step)
+        lines = [line for line in (directory.read(FILE) or "").splitlines() if _step_of_line(line) <= step]
+        text = "".join(f"{line}\n" for line in lines)
         directory.write(FILE, text)
         self.local = directory.local / FILE
         if directory.remote:
             self.local.write_text(text)
-        self.writes = processes.is_primary()
-        self.file = (self.local if self.writes else Path(os.devnull)).open("a", buffering=1)
+        self.primary = processes.is_primary()
+        self.file = (self.local if self.primary else Path(os.devnull)).open("a", buffering=1)
         self.last_time = time.perf_counter()
         self.tensorboard = self.wandb = None
-        if not self.writes:
-            return
-        if tensorboard:
+        if tensorboard and self.primary:
             from tensorboardX import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(directory.local / "tensorboard"), purge_step=step + 1)
-        if wandb:
+        if wandb and self.primary:
             import wandb as client  # pyright: ignore[reportMissingImports]
 
             name = str(directory).rstrip("/").rsplit("/", 1)[-1]
@@ -69,7 +67,7 @@ class Metrics:
         if self.wandb:
             self.wandb.log(dict(values), step=step)
 
-    def preview(self, step: int, name: str, frames: UInt8[np.ndarray, "F H W 3"]) -> None:
+    def log_preview(self, step: int, name: str, frames: UInt8[np.ndarray, "F H W 3"]) -> None:
         """Log at most eight frames side by side as one image."""
         chosen = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)]
         image = np.concatenate(list(chosen), axis=1)  # [H, n·W, 3]
@@ -81,9 +79,9 @@ class Metrics:
             self.wandb.log({f"preview/{name}": client.Image(image)}, step=step)
 
     def publish(self) -> None:
-        """Sync the lines to disk, or upload the file to the bucket. Called before a checkpoint is saved: a checkpoint
-        whose steps have no lines would leave a gap."""
-        if not self.writes:
+        """Sync the file to disk or upload it to the bucket. Must precede saving a checkpoint: a run that continues there
+        does not write the earlier lines again."""
+        if not self.primary:
             return
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -94,7 +92,6 @@ class Metrics:
                 self.directory.publish_directory("tensorboard")
 
     def close(self) -> None:
-        self.file.flush()
         self.publish()
         self.file.close()
         if self.tensorboard:
@@ -104,7 +101,7 @@ class Metrics:
 
 
 def _step_of_line(line: str) -> float:
-    """Infinity for a line that a kill has cut off."""
+    """Infinity for an incomplete line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Checks for NaN and infinite values, made before anything is saved."""
+"""Checks for NaN and infinite values. They precede saving."""
 
 import traceback
 import warnings
@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from tav_jax.errors import NotFiniteError
 
-MAX_CLIPPED = 0.98  # of the pixel values; more is hardly an image
+MAX_CLIPPED = 0.98  # share of black and white pixel values above which a video is probably useless
 ADVICE = (
     "no checkpoint contains it. Use a lower train.learning_rate or model.dtype=float32 in another --workdir; "
     "`tav train --debug-nans` finds the operation."
@@ -35,11 +35,9 @@ def all_finite(tree: Any) -> bool:
 
 
 def check_inputs(latents: Any, text: Any, dtype: str) -> None:
-    """What a run trains on, before its first step."""
-    for name, values, network in (
-        ("the clip's latents", latents, "VAE"),
-        ("the text embeddings", text, "text encoder"),
-    ):
+    """Refuse latents or text embeddings to train on that are not finite."""
+    inputs = (("the clip's latents", latents, "VAE"), ("the text embeddings", text, "text encoder"))
+    for name, values, network in inputs:
         if not all_finite(values):
             raise NotFiniteError(
                 f"{name} are not finite: the {network} overflows in {dtype} or its weights are damaged; use "
@@ -48,23 +46,23 @@ def check_inputs(latents: Any, text: Any, dtype: str) -> None:
 
 
 def check_metrics(step: int, values: Mapping[str, float]) -> None:
-    """The loss and gradient norm of a step."""
+    """Refuse a loss or gradient norm that is not finite."""
     for name, value in values.items():
         if not np.isfinite(value):
             raise NotFiniteError(f"{name} is {value} at step {step}; {ADVICE}")
 
 
 def check_state(step: int, state: Any) -> None:
-    """Everything that a checkpoint stores."""
+    """Refuse to save weights or optimizer state that are not finite."""
     if not all_finite(state):
         raise NotFiniteError(f"the weights or the optimizer state are not finite after step {step}; {ADVICE}")
 
 
 def check_latents(source: str, latents: Any, dtype: str) -> None:
-    """The result of inversion, sampling or decoding."""
+    """Refuse a result of inversion, sampling or decoding that is not finite."""
     if not all_finite(latents):
-        wider = "" if dtype == "float32" else " in dtype float32, or"
-        raise NotFiniteError(f"{source} gave values that are not finite; try again{wider} with other weights.")
+        fix = "use other weights" if dtype == "float32" else "use dtype float32 or other weights"
+        raise NotFiniteError(f"{source} gave values that are not finite; {fix}")
 
 
 def clipped_share(frames: UInt8[np.ndarray, "F H W 3"]) -> float:
@@ -74,17 +72,15 @@ def clipped_share(frames: UInt8[np.ndarray, "F H W 3"]) -> float:
 
 def warn_if_clipped(frames: UInt8[np.ndarray, "F H W 3"], prompt: str) -> None:
     if (share := clipped_share(frames)) > MAX_CLIPPED:
-        warnings.warn(
-            ClippedVideoWarning(
-                f"{share:.0%} of the pixel values sampled for {prompt!r} are 0 or 255. Lower the guidance, or check "
-                "whether the training loss has diverged."
-            ),
-            stacklevel=3,
+        message = (
+            f"{share:.0%} of the pixel values sampled for {prompt!r} are 0 or 255. Lower the guidance, or check whether "
+            "the training loss has diverged."
         )
+        warnings.warn(ClippedVideoWarning(message), stacklevel=3)
 
 
 def from_debug_nans(error: FloatingPointError, step: int | None = None) -> NotFiniteError:
-    """The error of `jax_debug_nans` as one sentence with the line of this package that it points to."""
+    """Shorten an error of `jax_debug_nans` to one sentence with the innermost line of this package in its traceback."""
     package = Path(__file__).parents[1]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(package)]
     where = ""

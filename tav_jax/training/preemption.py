@@ -1,9 +1,8 @@
 """Stopping after SIGTERM or Ctrl-C: the current step is finished and saved, and the same command continues.
 
-Python runs signal handlers only between its own instructions, and a compilation is one instruction that can take
-minutes. A thread therefore reads the signals from a pipe as they arrive. What it does depends on what is running:
-before the first step it exits; during steps it leaves that to the training loop; during a preview it saves the state
-and exits.
+Python runs signal handlers only between two bytecode instructions, and a compilation is a single one that can take
+minutes. Therefore a thread reads the signals from a pipe as they arrive. Before the first step it ends the process;
+between steps the training loop does; during a preview the thread saves the state and ends the process.
 """
 
 import contextlib
@@ -21,13 +20,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """A request to stop. As a context manager it listens for signals. That takes the main thread; in another one
-    `requested` stays False."""
+    """A request to stop. As a context manager it handles signals; outside of the main thread it cannot, and `requested`
+    stays False."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._deciding = threading.Lock()  # held while the next action is chosen: the training loop's or the exit
-        # Called to save, before the process exits; returns where it stopped. None: the training loop handles the stop.
+        self._lock = threading.Lock()  # of `_save`; held until the process ends
+        # Saves the state and returns where the run stopped. None: the training loop does this.
         self._save: Callable[[], str] | None = lambda: "before the first step"
         self._old_handlers: list[Any] = []
 
@@ -51,22 +50,22 @@ class Stop:
 
     def steps_begin(self) -> None:
         """From now on the training loop checks `requested` after each step."""
-        with self._deciding:
+        with self._lock:
             self._save = None
 
     @contextlib.contextmanager
-    def during(self, save: Callable[[], str]) -> Iterator[None]:
-        """Long work between two steps, which a stop does not wait for: then `save` saves the state and returns where it
-        stopped, and the process exits."""
-        with self._deciding:
-            before, self._save = self._save, save
+    def saving_with(self, save: Callable[[], str]) -> Iterator[None]:
+        """For long work between two steps: a request to stop interrupts it, calls `save` and ends the process. `save`
+        returns where the run stopped, such as "at step 3 of 6"."""
+        with self._lock:
+            previous, self._save = self._save, save
         try:
-            if self.requested:  # after the last check of the training loop
+            if self.requested:  # since the training loop has checked it
                 self._exit(save)
             yield
         finally:
-            with self._deciding:  # blocks if the process is about to exit
-                self._save = before
+            with self._lock:  # blocks while the process ends
+                self._save = previous
 
     def _listen(self, pipe: int) -> None:
         while received := os.read(pipe, 1):
@@ -76,20 +75,17 @@ class Stop:
 
     def _handle(self, number: signal.Signals) -> None:
         if self.requested:
-            # A cloud machine may repeat SIGTERM; a second Ctrl-C is meant to stop at once.
-            if number == signal.SIGINT:
-                exit_now(
-                    "stopped at once; finished checkpoints are kept, and the same command continues", STOPPED_AT_ONCE
-                )
+            if number == signal.SIGINT:  # but SIGTERM may be repeated by a cloud machine
+                message = "stopped at once; finished checkpoints are kept, and the same command continues"
+                exit_now(message, STOPPED_AT_ONCE)
             return
         self.requested = True
-        # In another thread, because a second Ctrl-C must be received while `save` writes.
+        # In another thread, so that this one can receive a second Ctrl-C while `save` writes.
         threading.Thread(target=self._exit, daemon=True, name="stopping").start()
 
     def _exit(self, save: Callable[[], str] | None = None) -> None:
-        with self._deciding:
-            save = save or self._save
-            if save is None:
+        with self._lock:
+            if (save := save or self._save) is None:
                 return
             try:
                 exit_now(stop_message(save()), StoppedError.exit_code)
@@ -102,7 +98,7 @@ def stop_message(where: str) -> str:
 
 
 def exit_now(message: str, status: int) -> None:
-    """End the process at once, whatever its other threads are doing."""
+    """End the process without waiting for its other threads."""
     with contextlib.suppress(OSError, ValueError):
         print(f"\ntav: {message}" if sys.stderr.isatty() else f"tav: {message}", file=sys.stderr, flush=True)
     os._exit(status)

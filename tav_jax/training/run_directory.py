@@ -1,7 +1,7 @@
 """The directory of a run, on this machine or in a bucket.
 
-A bucket has no append, no rename and no locks. So every file is first completed on this machine, and `publish` puts it
-in place: with a rename in a local directory, with one upload in a bucket.
+Buckets do not support appending, renaming and locks. So every file is first written completely on this machine, as a
+scratch file, and then published: by a rename in a local directory, by an upload to a bucket.
 
     config.json  environment.json  metrics.jsonl  checkpoints/  previews/  inversions/  edits/
 """
@@ -24,14 +24,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tav_jax import config as configs
 from tav_jax.distributed import processes
-from tav_jax.errors import InputError, MissingError, short_repr
+from tav_jax.errors import InputError, short_repr
 
 HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-SCRATCH = re.compile(r"\.+([0-9a-f]{8})-(\d+)\..+")  # a second dot: the scratch file of `Clip.save` for a scratch file
-MAX_AGE = 24 * 3600  # seconds; a scratch file of another machine that is older is left over
+SCRATCH = re.compile(r"\.+([0-9a-f]{8})-(\d+)\..+")  # two dots: `Clip.save` has a scratch file of its own
+MAX_AGE = 24 * 3600  # seconds; the age at which scratch files of other machines are removed
 LOCK, LOCK_HOLDER = ".lock", ".lock.json"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems without locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has no locks
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # by Windows
 DIGEST = re.compile(r"-[0-9a-f]{8}([0-9a-f]{32})?$")
 
@@ -46,7 +47,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.remote = "://" in str(path)
         self.path: Any = bucket(str(path)) if self.remote else Path(path).expanduser().absolute()
-        # Where files are completed: for a local run the directory itself, so that publishing is one rename.
+        # Where scratch files are written. On one file system with `path`, so that a file can be published by a rename.
         self.local = Path(tempfile.mkdtemp(prefix="tav_jax_run_")) if self.remote else self.path
 
     def __str__(self) -> str:
@@ -55,36 +56,33 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Any:
         return self.path / name
 
-    # ------------------------------------------------------------------------------------------- checks
-
-    def check_writable(self) -> "RunDirectory":
-        """Refuse a path that cannot be a directory of ours. Creates nothing."""
+    def check_writable(self) -> None:
+        """Refuse a local path that is not a directory or not writable. Creates nothing."""
         if self.remote:
-            return self
+            return
         existing = self._existing()
         if not existing.is_dir():
             raise InputError(f"{existing} is a file; give a directory")
         if not os.access(existing, os.W_OK):
             raise InputError(f"{existing} is not writable; give another directory or change its permissions")
-        return self
 
-    def check_shared(self) -> "RunDirectory":
-        """Refuse a local directory that not all processes see, with a file that the first process writes there."""
+    def check_shared(self) -> None:
+        """Refuse a local directory that is not the same in all processes. Process 0 creates a marker file there."""
         if not processes.is_multiprocess() or self.remote:
-            return self
+            return
         existing = self._existing()
 
-        def create_mark() -> str:
+        def create_marker() -> str:
             try:
                 handle, name = tempfile.mkstemp(prefix=".tav_jax_", dir=existing)
             except OSError:
-                return ""  # a directory that is not writable can still be read
+                return ""  # not writable, but perhaps readable
             os.close(handle)
             return Path(name).name
 
-        name = processes.run_on_primary("checking the directory", create_mark)
+        name = processes.run_on_primary("checking the directory", create_marker)
         try:
-            for _ in range(25):  # a network file system may take seconds to show it
+            for _ in range(25):  # on a network file system it may take seconds to appear
                 if (existing / name).exists():
                     break
                 time.sleep(0.2)
@@ -97,34 +95,25 @@ class RunDirectory:
                 f"process {', '.join(missing)} does not see the {self} of process 0; give a directory that all "
                 "processes share, such as one in a bucket (gs://…)"
             )
-        return self
 
     def _existing(self) -> Path:
         return next(path for path in (self.path, *self.path.parents) if path.exists())
-
-    def check_has_run(self) -> "RunDirectory":
-        if not self.has_run:
-            raise MissingError(f"{self} holds no run (no config.json); give the --workdir of a `tav train`")
-        return self
 
     @property
     def has_run(self) -> bool:
         return processes.run_on_primary("looking for a run", (self.path / "config.json").exists)
 
-    def create(self) -> "RunDirectory":
+    def create(self) -> None:
         if processes.is_primary():
             self.path.mkdir(parents=True, exist_ok=True)
         processes.gather("creating the directory", None)  # wait for process 0
-        return self
-
-    # ------------------------------------------------------------------------------------------- one run at a time
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclusive use of the directory, for the process that writes. A killed process loses it.
+        """Lock a local directory, in process 0 only. The lock of a killed process is released.
 
-        A directory that was created for the lock is removed again if it stays empty. Two runs in one bucket are not
-        noticed, and neither are two on a file system without locks.
+        A directory that was created for the lock is removed again if it stays empty. Two runs in one bucket, or on a
+        file system without locks, are not detected.
         """
         if self.remote or not processes.is_primary():
             yield
@@ -136,13 +125,14 @@ class RunDirectory:
             self._acquire(lock)
             if lock.is_locked:
                 with contextlib.suppress(OSError):
-                    holder.unlink(missing_ok=True)  # of a process that was killed
-                    with holder.open("x") as file:  # "x" does not follow links
-                        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
+                    holder.unlink(missing_ok=True)  # left by a process that was killed
+                    since = time.strftime("%Y-%m-%d %H:%M:%S")
+                    with holder.open("x") as file:  # mode "x" does not follow links
+                        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
             yield
         finally:
             if lock.is_locked:
-                for file in (holder, self.path / LOCK):  # before the release: afterwards they may be those of others
+                for file in (holder, self.path / LOCK):  # before the release, when another process may create them
                     with contextlib.suppress(OSError):
                         file.unlink(missing_ok=True)
                 lock.release()
@@ -167,18 +157,18 @@ class RunDirectory:
             if error.errno not in NO_LOCKS:
                 raise InputError(f"{file} cannot be locked ({_reason(error)}); give another --workdir") from error
 
-    # ------------------------------------------------------------------------------------------- files
-
     def read(self, name: str) -> str | None:
         file = self.path / name
         return file.read_text() if file.exists() else None
 
     def write(self, name: str, text: str) -> None:
-        """Write a small file atomically, from the first process."""
-        if not processes.is_primary():
-            return
-        with self.writing(name) as scratch:
-            scratch.write_text(text)
+        """Write a small file atomically, in process 0 only."""
+        if processes.is_primary():
+            with self.writing(name) as scratch:
+                scratch.write_text(text)
+
+    def read_config(self) -> Any:
+        return configs.from_json(self.read("config.json") or "")
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -199,7 +189,7 @@ class RunDirectory:
                 scratch.unlink(missing_ok=True)
 
     def scratch(self, name: str) -> Path:
-        """The path of a scratch file for `name`: a hidden file beside it, whose name tells its process."""
+        """The path of a scratch file for `name`: a hidden file beside it, with the host and process in its name."""
         final = self.local / name
         final.parent.mkdir(parents=True, exist_ok=True)
         return final.with_name(f".{HOST}-{os.getpid()}.{final.name}")
@@ -210,11 +200,11 @@ class RunDirectory:
             file.unlink()
             return
         with open(file, "rb") as written:
-            os.fsync(written.fileno())  # otherwise a power failure can keep the name and lose the contents
-        os.replace(file, self.path / name)  # in the directory that `scratch` has created
+            os.fsync(written.fileno())  # otherwise the file may be empty after a power failure
+        os.replace(file, self.path / name)
 
     def publish_directory(self, name: str) -> None:
-        """Publish a directory that a library has written under `local`."""
+        """Publish a directory that another library has written to `local`."""
         if self.remote:
             for file in (self.local / name).rglob("*"):
                 if file.is_file():
@@ -225,44 +215,37 @@ class RunDirectory:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
 
-    def fetch(self, name: str) -> Path | None:
-        """The path of a file of the run on this machine, downloaded if need be; None if there is no such file."""
-        source = self.path / name
-        if not source.exists():
-            return None
-        if not self.remote:
-            return source
+    def fetch(self, name: str) -> Path:
+        """The path of a file on this machine. Downloads it from a bucket."""
         target = self.local / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
+        if self.remote:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((self.path / name).read_bytes())
         return target
 
     def remove_scratch(self) -> None:
-        """Remove the scratch files of processes that have ended. Whether a process of another machine has ended is not
-        known; its files are removed when they are older than `MAX_AGE`."""
+        """Remove the scratch files of processes that have ended. Those of other machines, whose processes are unknown,
+        are removed when they are older than `MAX_AGE`."""
         if self.remote or not processes.is_primary():
             return
         for directory, subdirectories, files in os.walk(self.path):
             if Path(directory) == self.path and "checkpoints" in subdirectories:
                 subdirectories.remove("checkpoints")  # Orbax removes its own
             for name in files:
-                if (match := SCRATCH.fullmatch(name)) and _is_left_over(Path(directory, name), *match.groups()):
+                if (match := SCRATCH.fullmatch(name)) and _is_abandoned(Path(directory, name), *match.groups()):
                     Path(directory, name).unlink(missing_ok=True)
 
 
-def _is_left_over(file: Path, host: str, pid: str) -> bool:
-    if host != HOST:
-        with contextlib.suppress(FileNotFoundError):
+def _is_abandoned(file: Path, host: str, pid: str) -> bool:
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        if host != HOST:
             return time.time() - file.stat().st_mtime > MAX_AGE
-        return False
-    if int(pid) == os.getpid():  # of an earlier process: in a container all have the same number
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+        if int(pid) == os.getpid():  # an earlier process had the same number, as is common in containers
+            return True
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
     return False
 
 
@@ -270,29 +253,22 @@ def _reason(error: OSError) -> str:
     return (error.strerror or short_repr(str(error))).lower()
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
 def file_names(texts: Sequence[str], *, longest: int = 60) -> list[str]:
-    """A safe file name, without suffix, for each prompt. Different prompts have different names, equal in every run.
+    """A safe file name, without suffix, for each prompt. Different prompts have different names.
 
-    Letters and digits stay; everything else becomes a dash. A digest of the text follows where names would be equal,
-    too long or reserved.
+    Characters other than letters and digits are replaced by dashes. If the name would be empty, too long, reserved or
+    that of another prompt, a digest of the prompt is appended.
     """
-    plain = [_plain(text) for text in texts]
-    alike, same = Counter(plain), Counter(texts)
+    ascii_texts = [unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() for text in texts]
+    slugs = [re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in ascii_texts]
+    slug_counts, text_counts = Counter(slugs), Counter(texts)
     names = []
-    for text, name in zip(texts, plain, strict=True):
-        if not name or len(name) > longest or alike[name] > same[text] or name in RESERVED or DIGEST.search(name):
+    for text, name in zip(texts, slugs, strict=True):
+        shared = slug_counts[name] > text_counts[text]
+        if not name or len(name) > longest or shared or name in RESERVED or DIGEST.search(name):
             digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
             name = f"{name[:longest].rstrip('-') or 'prompt'}-{digest[:8]}"
             # Texts can be constructed to share eight digits of the digest; those get more digits.
             name += digest[8:40] if name in names and text != texts[names.index(name)] else ""
         names.append(name)
     return names
-
-
-def _plain(text: str) -> str:
-    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")

@@ -1,6 +1,6 @@
 """One-shot tuning: the trainable subset, the loss, the optimizer and the jitted training step.
 
-Only trained weights have gradients, optimizer state and a float32 copy. Frozen weights are plain inputs.
+Only trained weights have gradients, optimizer state and a float32 copy. Frozen weights are inputs of the step.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ Grads = TypeVar("Grads")
 
 
 def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
-    """A filter for `nnx.split`: the weights of modules whose path ends in one of `names`. With any of down, mid, up
-    among the names, only in these parts of the UNet.
+    """A filter for `nnx.split` that selects the weights of modules whose path ends in one of `names`. If down, mid or up
+    are among the names, only weights in these parts of the UNet are selected.
 
-    `attn_temp` is the whole layer including the bias of its output, but not `norm_temp`. The official code's default
-    trains ("mid", "up") only, because its gradient checkpointing gives the down blocks no gradient.
+    `attn_temp` is the whole layer with the bias of its output, but not `norm_temp`. By default the official code trains
+    only mid and up, because with its gradient checkpointing the down blocks have no gradient.
     """
     suffixes = tuple(f".{name}" for name in names if name not in UNET_PARTS)
     parts = [name for name in names if name in UNET_PARTS] or UNET_PARTS
@@ -44,7 +44,7 @@ def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
 
 
 def check_trainable(unet: UNet, names: Sequence[str]) -> None:
-    """Refuse a list that names no layer, or a suffix that no layer has: it would train nothing without an error."""
+    """Refuse names that select no layer, which would train nothing."""
     suffixes = [name for name in names if name not in UNET_PARTS]
     if not suffixes:
         raise InputError(f"trainable {tuple(names)!r} names no layer; give suffixes of names such as {TRAINABLE}")
@@ -58,7 +58,7 @@ def check_trainable(unet: UNet, names: Sequence[str]) -> None:
 
 
 class Hyperparameters(NamedTuple):
-    """Arrays of the jitted step, so that other values compile nothing."""
+    """Arguments of the jitted step, which other values do not recompile."""
 
     learning_rate: float | Float[Array, ""] = 3e-5
     weight_decay: float | Float[Array, ""] = 1e-2
@@ -70,21 +70,19 @@ def optimizer(hyper: Hyperparameters) -> optax.GradientTransformation:
 
 
 def clip_by_global_norm(grads: Grads, limit: float | Float[Array, ""]) -> tuple[Grads, Float[Array, ""]]:
-    """torch's `clip_grad_norm_`, with its 1e-6. Also gives the norm before clipping."""
+    """torch's `clip_grad_norm_`, with its 1e-6. Also returns the norm before clipping."""
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, limit / (norm + 1e-6))
     return jax.tree.map(lambda g: g * scale, grads), norm
 
 
 class TrainState(NamedTuple):
-    """What a training step changes."""
-
     params: nnx.State  # the trained weights, float32
     opt_state: Any
 
     @classmethod
     def create(cls, params: nnx.State) -> "TrainState":
-        # Copied even where the dtype is float32 already: steps donate their buffers.
+        # Copied even if the dtype is float32 already, because steps donate these buffers.
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
         return cls(params, optimizer(Hyperparameters()).init(params))
 
@@ -98,7 +96,7 @@ class TrainExample(NamedTuple):
 def sample_example(
     key: Key[Array, ""], mean: Float[Array, "B F h w c"], std: Float[Array, "B F h w c"], train_timesteps: int
 ) -> TrainExample:
-    """A sample of the clip's scaled posterior, noise, and a timestep."""
+    """Sample the clip's scaled posterior, the noise and the timestep."""
     latents_key, noise_key, timestep_key = jax.random.split(key, 3)
     return TrainExample(
         mean + std * jax.random.normal(latents_key, mean.shape),
@@ -116,7 +114,7 @@ def diffusion_loss(
     *,
     remat: str | bool,
 ) -> Float[Array, ""]:
-    """Mean squared error, in float32, of the predicted noise or velocity."""
+    """Mean squared error of the predicted noise or velocity, in float32."""
     alpha = alphas_cumprod[example.timestep]
     noisy = add_noise(example.latents, example.noise, alpha)
     timesteps = jnp.broadcast_to(example.timestep, noisy.shape[:1])
@@ -142,8 +140,8 @@ def train_step(
     remat: str | bool = "block",
     fsdp: bool = False,
 ) -> tuple[TrainState, StepMetrics]:
-    """Gradient, clipping by the global norm, AdamW. `graph` and the options are static. With `fsdp` the state is and
-    stays sharded over all devices."""
+    """Gradient, clipping by the global norm, AdamW. `graph` and the options are static. With `fsdp` the new state is
+    sharded over all devices, like the old one."""
 
     def loss(params):
         unet = nnx.merge(graph, params, frozen)
@@ -152,8 +150,8 @@ def train_step(
     value, grads = jax.value_and_grad(loss)(state.params)
     grads, norm = clip_by_global_norm(grads, hyper.max_grad_norm)
     updates, opt_state = optimizer(hyper).update(grads, state.opt_state, state.params)
-    after = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
-    return constrain_fsdp(after) if fsdp else after, StepMetrics(value, norm)
+    state = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
+    return constrain_fsdp(state) if fsdp else state, StepMetrics(value, norm)
 
 
 STATIC = ("graph", "prediction", "remat", "fsdp")
@@ -164,21 +162,21 @@ replay_step = jax.jit(train_step, static_argnames=STATIC, donate_argnames=("stat
 def tune_step(
     graph, state, frozen, key, step, mean, std, conditioning, alphas_cumprod, hyper, *, prediction, remat, fsdp
 ) -> tuple[TrainState, StepMetrics]:
-    """Training step number `step`. Its randomness is `fold_in(key, step)`, so that a run can be resumed anywhere."""
+    """One training step. Its randomness depends only on `fold_in(key, step)`, so that a run can continue at any step."""
     example = sample_example(jax.random.fold_in(key, step), mean, std, alphas_cumprod.shape[0])
     options = {"prediction": prediction, "remat": remat, "fsdp": fsdp}
     return train_step(graph, state, frozen, example, conditioning, alphas_cumprod, hyper, **options)
 
 
 class Posterior(NamedTuple):
-    """The VAE's posterior of the clip, scaled."""
+    """The scaled posterior of the clip's latents."""
 
     mean: Float[Array, "1 F h w c"]
     std: Float[Array, "1 F h w c"]
 
 
 class Replay(NamedTuple):
-    """Recorded examples: the same latents at every step, a timestep and noise for each."""
+    """Given examples in place of sampled ones: latents for all steps, a timestep and noise for each step."""
 
     latents: Float[Array, "1 F h w c"]
     timesteps: Int[Array, "N"]
@@ -201,7 +199,7 @@ def make_step_function(
     fsdp: bool,
     context: Callable[[], contextlib.AbstractContextManager],
 ) -> StepFunction:
-    """`(state, step number) → (state, metrics)`: one jitted training step on the data, inside `context()`."""
+    """A function `(state, step) → (state, metrics)` that runs one jitted training step on the data, inside `context()`."""
     key = jax.random.key(seed)
     arguments = {
         "conditioning": Conditioning(text),
@@ -223,12 +221,10 @@ def make_step_function(
 
 
 class Progress(NamedTuple):
-    """The state after a step, and the metrics that have arrived since the previous one."""
-
-    done: int
+    done: int  # the number of steps, counted from the beginning of the run
     state: TrainState
-    metrics: list[tuple[int, StepMetrics]]
-    complete: bool  # the metrics of all steps up to this one have arrived
+    metrics: list[tuple[int, StepMetrics]]  # of the steps, counted from 1, whose metrics have been fetched since
+    complete: bool  # whether the metrics of all steps have been fetched
 
 
 def run_steps(
@@ -238,20 +234,18 @@ def run_steps(
     last: int,
     *,
     lag: int = 2,
-    complete: Callable[[int], bool] = lambda done: False,
+    fetch_all: Callable[[int], bool] = lambda done: False,
 ) -> Iterator[Progress]:
-    """Steps `first` to `last` − 1.
+    """Run the steps `first` to `last` − 1.
 
-    Metrics are fetched when `lag` more steps have been dispatched, so that logging does not stall the device. At the
-    last step, and where `complete` is true, all of them are fetched: a state must not be saved before they are checked.
-    A yielded state is valid until the next step, which donates its buffers.
+    Metrics are fetched after `lag` more steps have been dispatched, so that logging does not stall the device. After the
+    last step, and where `fetch_all(done)` is true, all of them are fetched, so that they can be checked before the state
+    is saved. A yielded state is valid until the next step, which donates its buffers.
     """
-    waiting: deque[tuple[int, StepMetrics]] = deque()
-    for step in range(first, last):
-        state, metrics = step_fn(state, step)
-        waiting.append((step + 1, metrics))
-        arrived, flush = [], step == last - 1 or complete(step + 1)
-        while waiting and (flush or len(waiting) > lag):
-            number, oldest = waiting.popleft()
-            arrived.append((number, jax.device_get(oldest)))
-        yield Progress(step + 1, state, arrived, flush)
+    pending: deque[tuple[int, StepMetrics]] = deque()
+    for done in range(first + 1, last + 1):
+        state, metrics = step_fn(state, done - 1)
+        pending.append((done, metrics))
+        complete = done == last or fetch_all(done)
+        fetched = [pending.popleft() for _ in range(len(pending) if complete else len(pending) - lag)]
+        yield Progress(done, state, jax.device_get(fetched), complete)

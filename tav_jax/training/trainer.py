@@ -1,4 +1,4 @@
-"""The trainer of a pipeline: a `TrainState`, the step function that advances it, and a loop with a progress bar."""
+"""`Trainer`: the training state of a pipeline, its step function, and the loop of `TuneAVideo.tune`."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ class Trainer:
         remat: str | bool = "block",
         fsdp: bool = False,
     ):
-        """Starts from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
+        """Start from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
         remat = remat_name(remat)
         check_trainable(tav.components.unet, trainable)
         graph, params, frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
@@ -64,7 +64,7 @@ class Trainer:
             self.state = sharding.device_put(TrainState.create(params), tav.mesh, fsdp=fsdp)
 
     def run(self, steps: int, *, show_bar: bool | None = None) -> TuningResult:
-        """Train for a number of steps and load the result into the pipeline's UNet."""
+        """Train for `steps` steps and load the trained weights into the pipeline's UNet."""
         metrics = []
         with progress_bar(steps, "tuning", show_bar) as bar:
             for progress in run_steps(self.step_fn, self.state, 0, steps):
@@ -74,15 +74,15 @@ class Trainer:
                     bar.update()
                     metrics.append(values)
         self.load_into_unet()
-        return TuningResult(np.array([m.loss for m in metrics]), np.array([m.grad_norm for m in metrics]))
+        return TuningResult(*np.array(metrics).T)
 
     def load_into_unet(self) -> None:
-        """Give the pipeline's UNet the trained weights, valid until the next step, which donates their buffers."""
+        """Update the pipeline's UNet. Its weights are valid until the next step, which donates their buffers."""
         nnx.update(self.tav.components.unet, sharding.device_put(self.state.params, self.tav.mesh))
 
     def offload(self) -> None:
-        """Move to host memory what training does not use: the VAE, the text encoder, and the UNet's own copy of the
-        trained weights. A call that needs them transfers them."""
+        """Move the weights that training does not use to host memory: those of the VAE and the text encoder, and the
+        UNet's own copy of the trained ones. A call that needs them transfers them again."""
         components = self.tav.components
         for module in (components.vae, components.text_encoder):
             nnx.update(module, jax.device_get(nnx.state(module)))
