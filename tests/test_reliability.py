@@ -252,7 +252,7 @@ def test_damaged_checkpoint_is_detected_and_the_previous_one_is_used(run_copy, d
     DAMAGES[damage](run_copy / "checkpoints/6")
     before = contents(run_copy)
     found = checksums.examine(run_copy / "checkpoints")
-    assert (found.newest, [d.step for d in found.damaged]) == (4, [6])
+    assert (found.newest, [step for step, _ in found.damaged]) == (4, [6])
     assert contents(run_copy) == before  # examining changes nothing
 
 
@@ -423,24 +423,19 @@ def test_metrics_that_are_not_finite_are_refused(step, values, message):
 )
 def test_values_that_are_not_finite_are_not_saved(settings, tmp_path, monkeypatch, what, message):
     """At step 4, after which a checkpoint is due."""
-    real = trainer.make_step_function
+    real = trainer.Trainer.step_fn
 
-    def make_step_function(*args, **options):
-        step_fn = real(*args, **options)
+    def faulty(self, state, step):
+        state, metrics = real(self, state, step)
+        if step + 1 == 4 and what == "loss":
+            metrics = train_step.StepMetrics(jnp.float32(jnp.nan), metrics.grad_norm)
+        if step + 1 == 4 and what == "state":
+            adam = state.opt_state[0]
+            mu = jax.tree.map(lambda x: x.at[...].set(jnp.inf), adam.mu)
+            state = train_step.TrainState(state.params, (adam._replace(mu=mu), *state.opt_state[1:]))
+        return state, metrics
 
-        def faulty(state, step):
-            state, metrics = step_fn(state, step)
-            if step + 1 == 4 and what == "loss":
-                metrics = train_step.StepMetrics(jnp.float32(jnp.nan), metrics.grad_norm)
-            if step + 1 == 4 and what == "state":
-                adam = state.opt_state[0]
-                mu = jax.tree.map(lambda x: x.at[...].set(jnp.inf), adam.mu)
-                state = train_step.TrainState(state.params, (adam._replace(mu=mu), *state.opt_state[1:]))
-            return state, metrics
-
-        return faulty
-
-    monkeypatch.setattr(trainer, "make_step_function", make_step_function)
+    monkeypatch.setattr(trainer.Trainer, "step_fn", faulty)
     with pytest.raises(NotFiniteError, match=message):
         train(tmp_path / "run", settings())
     monkeypatch.undo()

@@ -50,8 +50,8 @@ def edit(
     suffix: str = ".mp4",
     force: bool = False,
 ) -> list[str]:
-    """Sample the prompts with the run's settings. Writes a video for each prompt and one that shows all side by side, and
-    returns their paths. `step` is the step of the checkpoint, by default the newest."""
+    """Sample the prompts with the run's settings. Writes a video for each prompt and one with all of them side by side,
+    and returns their paths. `step` is the step of the checkpoint, by default the newest."""
     settings = run.config.edit
     if not prompts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
@@ -81,9 +81,8 @@ def edit(
     edits: list[Edit] = []
     for seed in dict.fromkeys(seed for _, seed, _ in outputs):
         start = tav.noise(seed or 0, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
-        edits += sample_in_batches(
-            tav, [prompt for prompt, its_seed, _ in outputs if its_seed == seed], start, sampling
-        )
+        selected = [prompt for prompt, its_seed, _ in outputs if its_seed == seed]
+        edits += sample_in_batches(tav, selected, start, sampling)
 
     for sampled, (_, _, name) in zip(edits, outputs, strict=True):
         publish_video(directory, Clip(sampled.frames, sampled.fps, sampled.audio), prefix + name)
@@ -147,6 +146,8 @@ def invert_cached(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> An
 
 
 def _read_noise(directory: RunDirectory, name: str) -> Any:
+    if not (directory / name).exists():
+        return None
     try:
         with np.load(directory.fetch(name)) as table:
             return jnp.asarray(table["noise"])

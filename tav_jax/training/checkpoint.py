@@ -31,9 +31,9 @@ class Checkpoints:
 
     def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0, repair: bool = False):
         self.directory = directory
-        self._saving: int | None = None  # the step that was saved last, perhaps not completely on disk yet
         self._repair = repair
-        self._intact, self.messages = processes.run_on_primary("verifying the checkpoints", self._verify)
+        self.newest: int | None  # the newest intact checkpoint, perhaps not completely on disk yet
+        self.newest, self.messages = processes.run_on_primary("verifying the checkpoints", self._verify)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_newest,
             keep_period=keep_every or None,
@@ -54,22 +54,17 @@ class Checkpoints:
             messages.append(f"The checkpoint of step {step} is damaged ({reason}){kept}. Step {found.newest} is used.")
         return [found.newest, messages]
 
-    @property
-    def newest(self) -> int | None:
-        """The step of the newest intact checkpoint."""
-        return self._intact if self._saving is None else self._saving
-
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
-        if step == self._saving or step in self.manager.all_steps():
+        if step == self.newest or step in self.manager.all_steps():
             return
-        self.wait()  # until then, `_write_checksums` needs the previous value of `_saving`
+        self.wait()  # until then, `_write_checksums` needs the previous value of `newest`
         arrays = ocp.args.StandardSave(_to_dict(state))
         items = ocp.args.Composite(train_state=arrays, metadata=ocp.args.JsonSave({**metadata, "step": step}))
-        previous, self._saving = self._saving, step
+        previous, self.newest = self.newest, step
         try:
             self.manager.save(step, args=items)
         except (OSError, ValueError) as error:
-            self._saving = previous
+            self.newest = previous
             raise self._write_error(step, error) from error
 
     def wait(self) -> None:
@@ -77,15 +72,15 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise self._write_error(self._saving, error) from error
+            raise self._write_error(self.newest, error) from error
         self._delete_removed()
 
     def _write_checksums(self) -> None:
         """Orbax calls this when a checkpoint's files are complete, before it renames their directory. A bucket has no
         rename: there Orbax writes under the final name."""
         if jax.process_index() == 0:
-            unfinished = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-            checksums.write(unfinished[0] if unfinished else self.directory / str(self._saving))
+            unfinished = list(self.directory.glob(f"{self.newest}.orbax-checkpoint-tmp*"))
+            checksums.write(unfinished[0] if unfinished else self.directory / str(self.newest))
 
     def _delete_removed(self) -> None:
         # In a bucket nothing can be moved: Orbax deletes the checkpoint itself.
@@ -93,8 +88,6 @@ class Checkpoints:
             shutil.rmtree(self.directory / REMOVED, ignore_errors=True)
 
     def _write_error(self, step: int | None, error: Exception) -> InputError:
-        if self._saving is not None and self._saving not in self.manager.all_steps(read=True):
-            step = self._saving  # its write failed in the background, and Orbax raises the error at the next call
         return InputError(
             f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); earlier ones "
             "are intact. Free some space and run the same command again."

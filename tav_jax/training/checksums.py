@@ -14,32 +14,22 @@ from tav_jax.errors import WeightsError
 
 FILE = "checksums.json"
 METADATA = "_CHECKPOINT_METADATA"  # written by Orbax, which adds the time of the commit after the checksums
-EXCLUDED = (FILE, f".{FILE}", "commit_success.txt")  # written after the checksums
+EXCLUDED = (FILE, "commit_success.txt")  # written after the checksums
 BLOCK = 1 << 22  # bytes
-
-
-class Damage(NamedTuple):
-    step: int
-    reason: str
 
 
 class Examination(NamedTuple):
     newest: int | None  # the step of the newest intact checkpoint
-    damaged: list[Damage]  # newer checkpoints
+    damaged: list[tuple[int, str]]  # the steps of newer checkpoints, and the reasons
 
 
 def write(checkpoint: Any) -> None:
     """Write the checksums of a finished checkpoint."""
     text = json.dumps({name: _hash(file) for name, file in _files(checkpoint)}, indent=1) + "\n"
-    if "://" in str(checkpoint):  # an upload to a bucket is atomic
-        (checkpoint / FILE).write_text(text)
-        return
-    scratch = checkpoint / f".{FILE}"
-    with open(scratch, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, checkpoint / FILE)
+    (checkpoint / FILE).write_text(text)
+    if "://" not in str(checkpoint):
+        with (checkpoint / FILE).open("rb") as written:
+            os.fsync(written.fileno())
 
 
 def damage(checkpoint: Any) -> str | None:
@@ -63,15 +53,15 @@ def damage(checkpoint: Any) -> str | None:
 
 
 def examine(directory: Any) -> Examination:
-    """Find the newest intact checkpoint. If there is none, use the newest without checksums, which early versions did not
-    write; Orbax may find damage when it reads that."""
-    damaged: list[Damage] = []
+    """Find the newest intact checkpoint. If there is none, use the newest without checksums, which early versions did
+    not write. Damage to that one is found only when Orbax reads it."""
+    damaged: list[tuple[int, str]] = []
     names = [x.name for x in directory.iterdir() if x.is_dir()] if directory.exists() else []
     steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)  # unfinished ones have longer names
     for step in steps:
         if (reason := damage(directory / str(step))) is None:
             return Examination(step, damaged)
-        damaged.append(Damage(step, reason))
+        damaged.append((step, reason))
     for i, step in enumerate(steps):
         if not (directory / str(step) / FILE).exists():
             return Examination(step, damaged[:i])

@@ -84,9 +84,8 @@ def _train(run: Run, stop: Stop) -> None:
             preview()
         with progress_bar(c.train.steps, "tuning") as bar:
             bar.update(first)
-            for progress in run_steps(
-                trainer.step_fn, trainer.state, first, c.train.steps, fetch_all=needs_all_metrics
-            ):
+            steps = run_steps(trainer.step_fn, trainer.state, first, c.train.steps, fetch_all=needs_all_metrics)
+            for progress in steps:
                 stop.steps_begin()
                 done, trainer.state = progress.done, progress.state
                 for step, values in progress.metrics:

@@ -22,15 +22,13 @@ def check_installed(*, tensorboard: bool, wandb: str) -> None:
     """Refuse a logger whose package is not installed."""
     for name, package, wanted in (("tensorboard", "tensorboardX", tensorboard), ("wandb", "wandb", wandb)):
         if wanted and importlib.util.find_spec(package) is None:
-            raise MissingError(
-                f"log.{name} is set and {package} is not installed; `pip install 'tav_jax[{name}]'`, or leave log.{name} "
-                "at its default"
-            )
+            fix = f"`pip install 'tav_jax[{name}]'`, or leave log.{name} at its default"
+            raise MissingError(f"log.{name} is set and {package} is not installed; {fix}")
 
 
 class Metrics:
-    """Writes one line for each step, in process 0 only. When a run continues at `step`, later lines are removed: the run
-    was killed after it wrote them."""
+    """Writes one line for each step, in process 0 only. When a run continues at `step`, the lines of later steps, from
+    before it was killed, are removed."""
 
     def __init__(
         self, directory: RunDirectory, step: int, *, tensorboard: bool = False, wandb: str = "", config: Any = None
@@ -79,8 +77,8 @@ class Metrics:
             self.wandb.log({f"preview/{name}": client.Image(image)}, step=step)
 
     def publish(self) -> None:
-        """Sync the file to disk or upload it to the bucket. Must precede saving a checkpoint: a run that continues there
-        does not write the earlier lines again."""
+        """Sync the file to disk or upload it to the bucket. Must precede saving a checkpoint, because a run that
+        continues there does not write the earlier lines again."""
         if not self.primary:
             return
         self.file.flush()

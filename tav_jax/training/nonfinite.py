@@ -73,8 +73,8 @@ def clipped_share(frames: UInt8[np.ndarray, "F H W 3"]) -> float:
 def warn_if_clipped(frames: UInt8[np.ndarray, "F H W 3"], prompt: str) -> None:
     if (share := clipped_share(frames)) > MAX_CLIPPED:
         message = (
-            f"{share:.0%} of the pixel values sampled for {prompt!r} are 0 or 255. Lower the guidance, or check whether "
-            "the training loss has diverged."
+            f"{share:.0%} of the pixel values sampled for {prompt!r} are 0 or 255. Lower the guidance, or check "
+            "whether the training loss has diverged."
         )
         warnings.warn(ClippedVideoWarning(message), stacklevel=3)
 

@@ -25,7 +25,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._lock = threading.Lock()  # of `_save`; held until the process ends
+        self._lock = threading.Lock()  # of `_save`; `_exit` holds it until the process ends
         # Saves the state and returns where the run stopped. None: the training loop does this.
         self._save: Callable[[], str] | None = lambda: "before the first step"
         self._old_handlers: list[Any] = []
@@ -75,7 +75,7 @@ class Stop:
 
     def _handle(self, number: signal.Signals) -> None:
         if self.requested:
-            if number == signal.SIGINT:  # but SIGTERM may be repeated by a cloud machine
+            if number == signal.SIGINT:  # a repeated SIGTERM is ignored: cloud machines may send it twice
                 message = "stopped at once; finished checkpoints are kept, and the same command continues"
                 exit_now(message, STOPPED_AT_ONCE)
             return

@@ -103,8 +103,8 @@ class Run:
             raise
 
     def save_metadata(self, session: dict[str, Any]) -> dict[str, Any]:
-        """Write config.json and environment.json, which also keeps the earlier sessions of the run. Returns the metadata
-        of its checkpoints."""
+        """Write config.json and environment.json, which also keeps the earlier sessions of the run. Returns the
+        metadata of its checkpoints."""
         config = configs.to_json(self.config)
         self.directory.write("config.json", config)
         previous = json.loads(self.directory.read("environment.json") or "{}")

@@ -73,18 +73,16 @@ class RunDirectory:
         existing = self._existing()
 
         def create_marker() -> str:
-            try:
+            with contextlib.suppress(OSError):  # not writable, but perhaps readable
                 handle, name = tempfile.mkstemp(prefix=".tav_jax_", dir=existing)
-            except OSError:
-                return ""  # not writable, but perhaps readable
-            os.close(handle)
-            return Path(name).name
+                os.close(handle)
+                return Path(name).name
+            return ""
 
         name = processes.run_on_primary("checking the directory", create_marker)
         try:
-            for _ in range(25):  # on a network file system it may take seconds to appear
-                if (existing / name).exists():
-                    break
+            deadline = time.monotonic() + 5  # seconds; a network file system may be slow to show it
+            while not (existing / name).exists() and time.monotonic() < deadline:
                 time.sleep(0.2)
             visible = processes.gather("checking the directory", (existing / name).exists())
         finally:
@@ -177,7 +175,12 @@ class RunDirectory:
         try:
             scratch = self.scratch(name)
             yield scratch
-            self.publish(scratch, name)
+            if self.remote:
+                self._upload(scratch, name)
+            else:
+                with open(scratch, "rb") as written:
+                    os.fsync(written.fileno())  # otherwise the file may be empty after a power failure
+                os.replace(scratch, self.path / name)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             fix = "free some space there" if full else "give a directory that is writable"
@@ -193,15 +196,6 @@ class RunDirectory:
         final = self.local / name
         final.parent.mkdir(parents=True, exist_ok=True)
         return final.with_name(f".{HOST}-{os.getpid()}.{final.name}")
-
-    def publish(self, file: Path, name: str) -> None:
-        if self.remote:
-            self._upload(file, name)
-            file.unlink()
-            return
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())  # otherwise the file may be empty after a power failure
-        os.replace(file, self.path / name)
 
     def publish_directory(self, name: str) -> None:
         """Publish a directory that another library has written to `local`."""

@@ -3,11 +3,10 @@
 Only trained weights have gradients, optimizer state and a float32 copy. Frozen weights are inputs of the step.
 """
 
-import contextlib
 import difflib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from tav_jax.config import TRAINABLE, UNET_PARTS
-from tav_jax.diffusion.schedule import NoiseSchedule, Prediction, add_noise, training_target
+from tav_jax.diffusion.schedule import Prediction, add_noise, training_target
 from tav_jax.distributed.sharding import constrain_fsdp
 from tav_jax.errors import InputError, join_names
 from tav_jax.models import Conditioning, UNet
 
-Grads = TypeVar("Grads")
-
 
 def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
-    """A filter for `nnx.split` that selects the weights of modules whose path ends in one of `names`. If down, mid or up
-    are among the names, only weights in these parts of the UNet are selected.
+    """A filter for `nnx.split` that selects the weights of modules whose path ends in one of `names`. If down, mid or
+    up are among the names, only weights in these parts of the UNet are selected.
 
     `attn_temp` is the whole layer with the bias of its output, but not `norm_temp`. By default the official code trains
     only mid and up, because with its gradient checkpointing the down blocks have no gradient.
@@ -48,13 +45,11 @@ def check_trainable(unet: UNet, names: Sequence[str]) -> None:
     suffixes = [name for name in names if name not in UNET_PARTS]
     if not suffixes:
         raise InputError(f"trainable {tuple(names)!r} names no layer; give suffixes of names such as {TRAINABLE}")
-    modules = {".".join(map(str, path)) for path, _ in nnx.iter_modules(unet) if path}
-    for suffix in suffixes:
-        if not any(f".{module}".endswith(f".{suffix}") for module in modules):
-            ends = {end for module in modules for end in (module, *(module.split(".", n)[-1] for n in range(1, 7)))}
-            near = difflib.get_close_matches(suffix, sorted(ends), n=3, cutoff=0.5)
-            known = join_names(near or TRAINABLE)
-            raise InputError(f"trainable {suffix!r} is not the end of any layer's name; use one such as {known}")
+    paths = [tuple(map(str, path)) for path, _ in nnx.iter_modules(unet)]
+    ends = {".".join(path[start:]) for path in paths for start in range(len(path))}
+    if unknown := [name for name in suffixes if name not in ends]:
+        known = join_names(difflib.get_close_matches(unknown[0], sorted(ends), cutoff=0.5) or TRAINABLE)
+        raise InputError(f"trainable {unknown[0]!r} is not the end of any layer's name; use one such as {known}")
 
 
 class Hyperparameters(NamedTuple):
@@ -69,7 +64,7 @@ def optimizer(hyper: Hyperparameters) -> optax.GradientTransformation:
     return optax.adamw(hyper.learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=hyper.weight_decay)
 
 
-def clip_by_global_norm(grads: Grads, limit: float | Float[Array, ""]) -> tuple[Grads, Float[Array, ""]]:
+def clip_by_global_norm(grads: Any, limit: float | Float[Array, ""]) -> tuple[Any, Float[Array, ""]]:
     """torch's `clip_grad_norm_`, with its 1e-6. Also returns the norm before clipping."""
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, limit / (norm + 1e-6))
@@ -162,7 +157,7 @@ replay_step = jax.jit(train_step, static_argnames=STATIC, donate_argnames=("stat
 def tune_step(
     graph, state, frozen, key, step, mean, std, conditioning, alphas_cumprod, hyper, *, prediction, remat, fsdp
 ) -> tuple[TrainState, StepMetrics]:
-    """One training step. Its randomness depends only on `fold_in(key, step)`, so that a run can continue at any step."""
+    """One training step. Its randomness is `fold_in(key, step)`, so that a run can continue at any step."""
     example = sample_example(jax.random.fold_in(key, step), mean, std, alphas_cumprod.shape[0])
     options = {"prediction": prediction, "remat": remat, "fsdp": fsdp}
     return train_step(graph, state, frozen, example, conditioning, alphas_cumprod, hyper, **options)
@@ -183,43 +178,6 @@ class Replay(NamedTuple):
     noise: Float[Array, "N F h w c"]
 
 
-StepFunction = Callable[[TrainState, int], tuple[TrainState, StepMetrics]]
-
-
-def make_step_function(
-    graph: nnx.GraphDef,
-    frozen: nnx.State,
-    data: Posterior | Replay,
-    text: Float[Array, "1 L e"],
-    schedule: NoiseSchedule,
-    hyper: Hyperparameters,
-    *,
-    seed: int,
-    remat: str,
-    fsdp: bool,
-    context: Callable[[], contextlib.AbstractContextManager],
-) -> StepFunction:
-    """A function `(state, step) → (state, metrics)` that runs one jitted training step on the data, inside `context()`."""
-    key = jax.random.key(seed)
-    arguments = {
-        "conditioning": Conditioning(text),
-        "alphas_cumprod": jnp.asarray(schedule.alphas_cumprod),
-        "hyper": Hyperparameters(*(jnp.float32(x) for x in hyper)),
-        "prediction": schedule.prediction,
-        "remat": remat,
-        "fsdp": fsdp,
-    }
-
-    def step_fn(state: TrainState, step: int) -> tuple[TrainState, StepMetrics]:
-        with context():
-            if isinstance(data, Posterior):
-                return tune_step(graph, state, frozen, key, jnp.int32(step), data.mean, data.std, **arguments)
-            example = TrainExample(data.latents, data.noise[step][None], data.timesteps[step])
-            return replay_step(graph, state, frozen, example, **arguments)
-
-    return step_fn
-
-
 class Progress(NamedTuple):
     done: int  # the number of steps, counted from the beginning of the run
     state: TrainState
@@ -228,7 +186,7 @@ class Progress(NamedTuple):
 
 
 def run_steps(
-    step_fn: StepFunction,
+    step_fn: Callable[[TrainState, int], tuple[TrainState, StepMetrics]],
     state: TrainState,
     first: int,
     last: int,
@@ -238,9 +196,9 @@ def run_steps(
 ) -> Iterator[Progress]:
     """Run the steps `first` to `last` − 1.
 
-    Metrics are fetched after `lag` more steps have been dispatched, so that logging does not stall the device. After the
-    last step, and where `fetch_all(done)` is true, all of them are fetched, so that they can be checked before the state
-    is saved. A yielded state is valid until the next step, which donates its buffers.
+    Metrics are fetched after `lag` more steps have been dispatched, so that logging does not stall the device. After
+    the last step, and where `fetch_all(done)` is true, all of them are fetched, so that they can be checked before the
+    state is saved. A yielded state is valid until the next step, which donates its buffers.
     """
     pending: deque[tuple[int, StepMetrics]] = deque()
     for done in range(first + 1, last + 1):

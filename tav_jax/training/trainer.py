@@ -1,10 +1,10 @@
 """`Trainer`: the training state of a pipeline, its step function, and the loop of `TuneAVideo.tune`."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -12,16 +12,9 @@ from jaxtyping import Array, Float
 from tav_jax.config import TRAINABLE, remat_name
 from tav_jax.distributed import memory, sharding
 from tav_jax.io.progress import progress_bar
-from tav_jax.training.train_step import (
-    Hyperparameters,
-    Posterior,
-    Replay,
-    TrainState,
-    check_trainable,
-    make_step_function,
-    run_steps,
-    trainable_filter,
-)
+from tav_jax.models import Conditioning
+from tav_jax.training import train_step
+from tav_jax.training.train_step import Hyperparameters, Posterior, Replay, StepMetrics, TrainState, trainable_filter
 
 if TYPE_CHECKING:
     from tav_jax.pipeline import TuneAVideo
@@ -47,27 +40,36 @@ class Trainer:
     ):
         """Start from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
         remat = remat_name(remat)
-        check_trainable(tav.components.unet, trainable)
-        graph, params, frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
+        train_step.check_trainable(tav.components.unet, trainable)
+        self.tav, self.data, self.trainable, self.key = tav, data, trainable, jax.random.key(seed)
+        self.graph, params, self.frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
+        self.arguments: dict[str, Any] = {
+            "conditioning": Conditioning(text),
+            "alphas_cumprod": jnp.asarray(tav.schedule.alphas_cumprod),
+            "hyper": Hyperparameters(*(jnp.float32(x) for x in hyper)),
+            "prediction": tav.schedule.prediction,
+            "remat": remat,
+            "fsdp": fsdp,
+        }
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
         self.workload = tav.memory_estimator.tuning(data[0], self.parameters, remat=remat, fsdp=fsdp)
-        self.tav, self.trainable = tav, trainable
-
-        @contextlib.contextmanager
-        def context() -> Iterator[None]:
-            with memory.out_of_memory_errors(self.workload), tav.jit_context():
-                yield
-
-        options = {"seed": seed, "remat": remat, "fsdp": fsdp, "context": context}
-        self.step_fn = make_step_function(graph, frozen, data, text, tav.schedule, hyper, **options)
         with memory.checked(self.workload):
             self.state = sharding.device_put(TrainState.create(params), tav.mesh, fsdp=fsdp)
+
+    def step_fn(self, state: TrainState, step: int) -> tuple[TrainState, StepMetrics]:
+        """One jitted training step. `step` counts from 0."""
+        graph, frozen, data = self.graph, self.frozen, self.data
+        with memory.out_of_memory_errors(self.workload), self.tav.jit_context():
+            if isinstance(data, Posterior):
+                return train_step.tune_step(graph, state, frozen, self.key, jnp.int32(step), *data, **self.arguments)
+            example = train_step.TrainExample(data.latents, data.noise[step][None], data.timesteps[step])
+            return train_step.replay_step(graph, state, frozen, example, **self.arguments)
 
     def run(self, steps: int, *, show_bar: bool | None = None) -> TuningResult:
         """Train for `steps` steps and load the trained weights into the pipeline's UNet."""
         metrics = []
         with progress_bar(steps, "tuning", show_bar) as bar:
-            for progress in run_steps(self.step_fn, self.state, 0, steps):
+            for progress in train_step.run_steps(self.step_fn, self.state, 0, steps):
                 self.state = progress.state
                 for _, values in progress.metrics:
                     bar.set_postfix(loss=f"{values.loss:.4f}", refresh=False)
