@@ -26,8 +26,8 @@ class AdamsBashforthState(NamedTuple):
 class AdamsBashforth(NamedTuple):
     """With `y = x/√ᾱ` and `σ = √(1−ᾱ)/√ᾱ`, DDIM is Euler's method for `dy/dσ = ε`: `y' = y + h·ε` with `h = σ' − σ`.
 
-    The two-step method is `y' = y + h·(ε + (ε − ε_previous)·h / (2·h_previous))`. `h_previous`
-    starts at infinity, so the first step is a DDIM step. Samplers are static arguments of `jit`, so they must be hashable, as a NamedTuple is.
+    The two-step method is `y' = y + h·(ε + (ε − ε_previous)·h / (2·h_previous))`. `h_previous` starts at infinity, so
+    the first step is a DDIM step. Samplers are static arguments of `jit`, so they must be hashable, as a NamedTuple is.
     """
 
     def init(self, latents):
