@@ -113,8 +113,8 @@ def rows(device: Any) -> Iterator[str]:
     empty = compiled(lambda x: x + 1, (8, 128))
     yield "# Compile times of the UNet's parts on a v5e"
     yield ""
-    yield "Each part is compiled by itself, without a TPU; times are processor seconds. `benchmarks/compile_time.py` writes this"
-    yield "table; [`TPU_PLAN.md`](TPU_PLAN.md) interprets it."
+    yield "Each part is compiled by itself, without a TPU; times are processor seconds."
+    yield "`benchmarks/compile_time.py` writes this table; [`TPU_PLAN.md`](TPU_PLAN.md) interprets it."
     yield ""
     yield "| program | compiled in | code |"
     yield "|---|---:|---:|"

@@ -96,7 +96,8 @@ def compiled(kernel: str, way: str, shape: Shape, frames: int, device: Any) -> d
 
 
 def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    yield "| chip | tokens × heads × head size | kernel | pass | temporaries, MiB | GFLOP | traffic, MiB | compiled in |"
+    columns = ("chip", "tokens × heads × head size", "kernel", "pass", "temporaries, MiB", "GFLOP", "traffic, MiB")
+    yield f"| {' | '.join((*columns, 'compiled in'))} |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         memory = f"{row['temporaries'] / 2**20:.0f}" if "temporaries" in row else "does not fit"

@@ -133,8 +133,8 @@ def table(model: Model) -> str:
     lines = [
         "# Estimated scaling on v5e chips",
         "",
-        "One training step of Stable Diffusion 1.4 at 512², interpolated from compiled programs. `benchmarks/scaling.py` writes",
-        "this table and describes the method; [`TPU_PLAN.md`](TPU_PLAN.md) interprets it.",
+        "One training step of Stable Diffusion 1.4 at 512², interpolated from compiled programs.",
+        "`benchmarks/scaling.py` writes this table and describes the method; [`TPU_PLAN.md`](TPU_PLAN.md) interprets it.",
         "",
         "| frames | chips | GB per chip | TFLOP per chip | HBM traffic, GB | sent, MB | time per step | efficient |",
         "|" + "---:|" * 7 + "---|",
