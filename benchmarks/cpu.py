@@ -237,7 +237,7 @@ def write_sd14(model: Path) -> None:
     configs["text_encoder"] |= vars(text)
     kinds = ((models.UNet, unet), (models.VAE, vae), (models.ClipText, text))
     networks = [build(config, rngs=nnx.Rngs(seed)) for seed, (build, config) in enumerate(kinds)]
-    shape = diffusers_layout.Layout(SMALL, {}, configs, unet, vae, text)
+    shape = diffusers_layout.Layout(SMALL, configs, unet, vae, text)
     weights.save(weights.Components(shape, *networks, old_vae_names=True, fingerprint=""), model)
 
 

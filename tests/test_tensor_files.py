@@ -87,11 +87,11 @@ def test_a_valid_header_is_read(tmp_path):
         # accepted by safetensors and refused by tav_jax
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
          4, None, "duplicate name 'a'"),
-        ({"a": entry([1], 0, 4) | {"more": 1}}, 4, None, "not just a dtype, shape and data_offsets for tensor"),
-        ({"a": list(entry([1], 0, 4).values())}, 4, None, "not just a dtype, shape and data_offsets for tensor"),
-        ({"a": entry([1], 0, 4, dtype={"F32": None})}, 4, None, "not just a dtype, shape and data_offsets for tensor"),
-        ({"a": entry([1] * 9, 0, 4)}, 4, None, "9 dimensions, more than 8, for tensor 'a'"),
-        ({"x\ny" * 3000: entry([1] * 99, 0, 4)}, 4, None, "99 dimensions, more than 8, for tensor"),
+        ({"a": entry([1], 0, 4) | {"more": 1}}, 4, None, "tensor 'a' must have exactly a dtype, shape and data_offsets"),
+        ({"a": list(entry([1], 0, 4).values())}, 4, None, "tensor 'a' must have exactly a dtype, shape and data_offsets"),
+        ({"a": entry([1], 0, 4, dtype={"F32": None})}, 4, None, "tensor 'a' must have exactly a dtype, shape and data_offsets"),
+        ({"a": entry([1] * 9, 0, 4)}, 4, None, "tensor 'a' has 9 dimensions, more than 8"),
+        ({"x\ny" * 3000: entry([1] * 99, 0, 4)}, 4, None, "has 99 dimensions, more than 8"),
     ],
 )  # fmt: skip
 def test_an_invalid_header_is_refused_before_any_tensor_is_read(tmp_path, header, data, length, message):
@@ -144,7 +144,7 @@ def test_an_index_can_only_name_files_beside_it(tmp_path, name):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     message = refusal(WeightsError, read_all, tmp_path / "vae")
-    assert "not a file beside it" in message or "is not a file name" in message
+    assert "not a file beside it" in message
 
 
 @pytest.mark.parametrize(

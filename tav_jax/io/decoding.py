@@ -107,7 +107,7 @@ class VideoFile:
         self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native_fps
 
     def frames(self) -> FrameIterator:
-        previous = None
+        previous, last = None, 0
         with _open(self.path) as (container, stream):
             aspect = stream.sample_aspect_ratio or 1  # width ÷ height of a pixel
             pixel_aspect = Fraction(aspect if Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT else 1)

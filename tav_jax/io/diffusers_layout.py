@@ -1,7 +1,7 @@
-"""A Stable Diffusion pipeline in the Diffusers layout: where it comes from, its files, and what its configs mean.
+"""Stable Diffusion pipelines in the Diffusers layout: download a pipeline, check its files and parse its configs.
 
-The directory has one subdirectory for each component (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`),
-each with a config. `safety_checker/` and `feature_extractor/` are ignored.
+A pipeline is a directory with one subdirectory and config for each component. `safety_checker/` and
+`feature_extractor/` are ignored.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from tav_jax.errors import MissingError, WeightsError, short_repr
-from tav_jax.io.tensor_files import parse_json
+from tav_jax.io.tensor_files import load_json
 from tav_jax.models import ClipTextConfig, UNetConfig, VAEConfig
 
 CONFIGS = {
@@ -27,14 +27,14 @@ CONFIGS = {
 # Limits of a network's size, so that a damaged config cannot exhaust memory. Stable Diffusion 2.1 has 4 levels of 2
 # layers, up to 1280 channels, and a text encoder of 23 layers with an intermediate size of 4096.
 MAX_LEVELS, MAX_LAYERS, MAX_TEXT_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 8, 8, 64, 16384, 1_000_000
-NORM_EPSILONS = (1e-12, 0.1)  # least and most
+NORM_EPSILONS = (1e-12, 0.1)  # minimum and maximum
 MAX_CONFIG = 1 << 20  # bytes
 BUCKET_FILES = ("model_index.json", *(f"{part}/*" for part in CONFIGS))
-# A hub repository often has the same weights in several formats: the first (wanted, ignored) pair of patterns that
-# matches weights of every component is downloaded.
+# A hub repository often has the same weights in several formats. The first pair of patterns (allowed, ignored) by which
+# every component has weights is used.
 HUB_CONFIGS = ("model_index.json", "*/*.json", "*/*.txt")
 HUB_IGNORED = ("safety_checker/*", "feature_extractor/*", "*non_ema*", "*ema_only*")
-HUB_WEIGHTS = (("*/*.safetensors", "*.fp16*"), ("*/*.fp16*.safetensors", "-"), ("*/*.bin", "*.fp16*"))
+HUB_WEIGHTS = (("*/*.safetensors", ["*.fp16*"]), ("*/*.fp16*.safetensors", []), ("*/*.bin", ["*.fp16*"]))
 # Repositories that were removed from the hub, and where the same weights are now.
 MIRRORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -44,7 +44,11 @@ MIRRORS = {
         for name in ("2", "2-base", "2-1", "2-1-base", "2-1-unclip", "2-depth", "2-inpainting")
     },
 }
-HOW_TO_GET = (
+OTHER_FAMILIES = {  # component that only they have: description
+    "transformer": "a transformer pipeline such as Flux or Stable Diffusion 3",
+    "text_encoder_2": "a Stable Diffusion XL or 3 pipeline (it has two text encoders)",
+}
+SOURCE_HELP = (
     "Give a directory in the Diffusers layout, for example one downloaded with "
     "`hf download CompVis/stable-diffusion-v1-4 --local-dir sd14`, a hub id, or a bucket path."
 )
@@ -55,7 +59,6 @@ class Layout:
     """A complete pipeline directory of a supported family, and the configs of its networks."""
 
     root: Path
-    index: dict[str, Any]
     configs: dict[str, dict[str, Any]]
     unet: UNetConfig
     vae: VAEConfig
@@ -66,13 +69,16 @@ class Layout:
         """Download a bucket path or hub id, and check the whole directory before any tensor is read."""
         root = _local_directory(source)
         index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-        _check_family(root, index)
+        for part, family in OTHER_FAMILIES.items():
+            if part in index or (root / part).is_dir():
+                supported = "only Stable Diffusion 1.x and 2.x are supported"
+                raise WeightsError(f"{root} is {family}; {supported}. {SOURCE_HELP}")
         missing = [f"{part}/{file}" for part, file in CONFIGS.items() if not (root / part / file).is_file()]
         vocabulary = ("tokenizer.json",), ("vocab.json", "merges.txt")
         if not any(all((root / "tokenizer" / file).is_file() for file in files) for files in vocabulary):
             missing += ["tokenizer/vocab.json with merges.txt, or tokenizer.json"]
         if missing:
-            raise MissingError(f"{root} has no {', no '.join(missing)}: the pipeline is incomplete. {HOW_TO_GET}")
+            raise MissingError(f"{root} has no {', no '.join(missing)}: the pipeline is incomplete. {SOURCE_HELP}")
         configs = {part: read_json(root / part / file) for part, file in CONFIGS.items()}
         unet = unet_config(configs["unet"], root / "unet/config.json", **unet_options)
         vae = vae_config(configs["vae"], root / "vae/config.json")
@@ -80,9 +86,9 @@ class Layout:
         if text.hidden_size != unet.cross_attention_dim:
             raise WeightsError(
                 f"{root}: the text encoder's hidden_size is {text.hidden_size} and the UNet's cross_attention_dim is "
-                f"{unet.cross_attention_dim}; they are from different pipelines. Take both from the same one."
+                f"{unet.cross_attention_dim}; they are from different pipelines. Use both from the same one."
             )
-        return cls(root, index, configs, unet, vae, text)
+        return cls(root, configs, unet, vae, text)
 
 
 def _local_directory(source: str | Path) -> Path:
@@ -94,21 +100,22 @@ def _local_directory(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise WeightsError(f"{path} is a file; a pipeline is a directory. {HOW_TO_GET}")
+        raise WeightsError(f"{path} is a file; a pipeline is a directory. {SOURCE_HELP}")
+    # A hub id is `owner/name`.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise MissingError(f"{path} does not exist. {HOW_TO_GET}")
+        raise MissingError(f"{path} does not exist. {SOURCE_HELP}")
     return _from_hub(name)
 
 
 def _from_bucket(root: epath.Path) -> Path:
     if not (root / "unet").is_dir():
-        raise MissingError(f"{root} has no unet/ directory, or cannot be read from this machine. {HOW_TO_GET}")
+        raise MissingError(f"{root} has no unet/ directory, or cannot be read from this machine. {SOURCE_HELP}")
     local = Path(tempfile.mkdtemp(prefix="tav_jax_model_"))
     try:
         for pattern in BUCKET_FILES:
             for file in root.glob(pattern):
                 relative = Path(str(file)[len(str(root)) :].lstrip("/"))
-                if ".." in relative.parts:  # a valid object name in a bucket
+                if ".." in relative.parts:  # bucket object names may contain it
                     raise WeightsError(f"{short_repr(str(file))} points outside of {root}; delete it there")
                 (local / relative).parent.mkdir(parents=True, exist_ok=True)
                 file.copy(local / relative)
@@ -124,67 +131,47 @@ def _from_hub(name: str) -> Path:
 
     root = Path()
     try:
-        for wanted, ignored in HUB_WEIGHTS:
-            allow, ignore = [*HUB_CONFIGS, wanted], [*HUB_IGNORED, ignored]
-            root = Path(huggingface_hub.snapshot_download(name, allow_patterns=allow, ignore_patterns=ignore))
-            if all(any((root / part).glob(wanted.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
+        for allowed, ignored in HUB_WEIGHTS:
+            patterns = {"allow_patterns": [*HUB_CONFIGS, allowed], "ignore_patterns": [*HUB_IGNORED, *ignored]}
+            root = Path(huggingface_hub.snapshot_download(name, **patterns))
+            if all(any((root / part).glob(allowed.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
                 break
         return root
     except Exception as error:  # the hub client raises many types: no network, an unknown id, no permission
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403, 404) and (mirror := MIRRORS.get(name.lower())):
-            raise MissingError(
-                f"{name!r} is no longer on the hub (HTTP status {status}); use its mirror {mirror!r}"
-            ) from error
-        raise MissingError(
-            f"{name!r} is not a directory, and could not be downloaded as a hub id ({type(error).__name__}). "
-            f"{HOW_TO_GET}"
-        ) from error
+            problem = f"is no longer on the hub (HTTP status {status}); use its mirror {mirror!r}"
+        else:
+            cause = type(error).__name__
+            problem = f"is not a directory, and could not be downloaded as a hub id ({cause}). {SOURCE_HELP}"
+        raise MissingError(f"{name!r} {problem}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-        if len(text) > MAX_CONFIG:
-            raise ValueError(f"it is larger than {MAX_CONFIG >> 20} MiB")
-        value = parse_json(text)
+        value = load_json(path, MAX_CONFIG)
     except (ValueError, OSError) as error:
-        raise WeightsError(
-            f"{path} is not a readable JSON file ({short_repr(str(error))}); download it again."
-        ) from error
+        cause = short_repr(str(error))
+        raise WeightsError(f"{path} is not a readable JSON file ({cause}); download it again.") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path} is a JSON {type(value).__name__}, expected an object; download it again.")
     return value
 
 
-def _check_family(root: Path, index: Mapping[str, Any]) -> None:
-    family = None
-    if "text_encoder_2" in index or (root / "text_encoder_2").is_dir():
-        family = "a Stable Diffusion XL or 3 pipeline (it has two text encoders)"
-    if "transformer" in index or (root / "transformer").is_dir():
-        family = "a transformer pipeline such as Flux or Stable Diffusion 3"
-    if family:
-        raise WeightsError(f"{root} is {family}; only Stable Diffusion 1.x and 2.x are supported. {HOW_TO_GET}")
-
-
-# ------------------------------------------------------------------------------------------------------------ configs
-
-
 class _ConfigReader:
-    """Typed access to one component's config. An unsupported value raises an error with the file and the name."""
+    """Typed access to one component's config. Invalid and unsupported values raise an error."""
 
     def __init__(self, config: Mapping[str, Any], path: Path):
         self.config, self.path = config, path
 
     def error(self, name: str, value: Any, expected: str) -> WeightsError:
         return WeightsError(
-            f"{self.path}: {name} is {short_repr(value)}, expected {expected}. Only Stable Diffusion 1.x and 2.x "
-            "pipelines are supported; use one of these."
+            f"{self.path}: {name} is {short_repr(value)}, expected {expected}. Use a Stable Diffusion 1.x or 2.x "
+            "pipeline; no other is supported."
         )
 
     def require(self, **allowed: Any) -> None:
-        """Check settings that have one supported value, or a tuple of them, if they are present."""
+        """Check settings for which only one value, or a tuple of values, is supported. They may be absent."""
         for name, value in allowed.items():
             values = value if isinstance(value, tuple) else (value,)
             if name in self.config and self.config[name] not in values:
@@ -198,16 +185,15 @@ class _ConfigReader:
 
     def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self.config.get(name, default)
-        if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_LEVELS:
-            raise self.error(name, value, f"a list of 1 to {MAX_LEVELS} whole numbers")
-        if any(type(v) is not int or not 1 <= v <= MAX_WIDTH for v in value):
-            raise self.error(name, value, f"a list of whole numbers from 1 to {MAX_WIDTH}")
+        is_list = isinstance(value, list | tuple) and 1 <= len(value) <= MAX_LEVELS
+        if not is_list or any(type(v) is not int or not 1 <= v <= MAX_WIDTH for v in value):
+            raise self.error(name, value, f"a list of 1 to {MAX_LEVELS} whole numbers from 1 to {MAX_WIDTH}")
         return tuple(value)
 
-    def number(self, name: str, default: float, least: float, most: float) -> float:
+    def number(self, name: str, default: float, minimum: float, maximum: float) -> float:
         value = self.config.get(name, default)
-        if type(value) not in (int, float) or not least <= value <= most:
-            raise self.error(name, value, f"a number from {least} to {most}")
+        if type(value) not in (int, float) or not minimum <= value <= maximum:
+            raise self.error(name, value, f"a number from {minimum} to {maximum}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -225,34 +211,19 @@ class _ConfigReader:
 
 
 def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
-    """From the config of a 2D or an inflated UNet: they differ only in the names of the block types."""
+    """From the config of a 2D or an inflated UNet, which differ only in the names of the block types."""
     read = _ConfigReader(config, path)
     read.require(_class_name=("UNet2DConditionModel", "UNet3DConditionModel"))
     channels = read.integer("in_channels", 4)
     if channels != 4:
         kinds = {9: " (an inpainting UNet)", 7: " (an upscaling UNet)", 8: " (an image-editing UNet)"}
         raise read.error("in_channels", channels, f"4{kinds.get(channels, '')}")
-    read.require(
-        act_fn="silu",
-        addition_embed_type=None,
-        center_input_sample=False,
-        class_embed_type=None,
-        conv_in_kernel=3,
-        conv_out_kernel=3,
-        downsample_padding=1,
-        dual_cross_attention=False,
-        encoder_hid_dim=None,
-        encoder_hid_dim_type=None,
-        freq_shift=(0, 1),
-        mid_block_scale_factor=1,
-        mid_block_type=("UNetMidBlock2DCrossAttn", "UNetMidBlock3DCrossAttn"),
-        num_class_embeds=None,
-        only_cross_attention=False,
-        resnet_time_scale_shift="default",
-        time_cond_proj_dim=None,
-        time_embedding_type="positional",
-        transformer_layers_per_block=1,
-    )
+    read.require(act_fn="silu", resnet_time_scale_shift="default", time_embedding_type="positional", freq_shift=(0, 1))
+    read.require(conv_in_kernel=3, conv_out_kernel=3, downsample_padding=1, mid_block_scale_factor=1)
+    read.require(addition_embed_type=None, class_embed_type=None, num_class_embeds=None, time_cond_proj_dim=None)
+    read.require(encoder_hid_dim=None, encoder_hid_dim_type=None, transformer_layers_per_block=1)
+    read.require(center_input_sample=False, dual_cross_attention=False, only_cross_attention=False)
+    read.require(mid_block_type=("UNetMidBlock2DCrossAttn", "UNetMidBlock3DCrossAttn"))
     widths = read.integers("block_out_channels", (320, 640, 1280, 1280))
     if widths[0] < 4:  # half of them are the frequencies of the timestep embedding
         raise read.error("block_out_channels", list(widths), "at least 4 channels at the first level")
@@ -282,36 +253,25 @@ def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
     )
 
 
-def _block_types(read: _ConfigReader, way: str, levels: int, default: tuple[bool, ...]) -> tuple[bool, ...]:
-    """The levels with attention, from `["CrossAttnDownBlock2D", …, "DownBlock2D"]`."""
-    name, plain = f"{way.lower()}_block_types", f"{way}Block"
+def _block_types(read: _ConfigReader, direction: str, levels: int, default: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Whether each level has attention, from `["CrossAttnDownBlock2D", …, "DownBlock2D"]`."""
+    name, plain = f"{direction.lower()}_block_types", f"{direction}Block"
     types = read.config.get(name)
     if types is None and levels == len(default):
         return default
     known = {f"{prefix}{plain}{d}D": bool(prefix) for prefix in ("CrossAttn", "") for d in (2, 3)}
     if not isinstance(types, list) or len(types) != levels or any(str(t) not in known for t in types):
-        raise read.error(name, types, f"{levels} of CrossAttn{plain}2D and {plain}2D")
+        raise read.error(name, types, f"a list of {levels}, each CrossAttn{plain}2D or {plain}2D")
     return tuple(known[t] for t in types)
 
 
 def vae_config(config: Mapping[str, Any], path: Path) -> VAEConfig:
     read = _ConfigReader(config, path)
-    read.require(
-        _class_name="AutoencoderKL",
-        act_fn="silu",
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        mid_block_add_attention=True,
-        shift_factor=None,
-        use_post_quant_conv=True,
-        use_quant_conv=True,
-    )
+    read.require(_class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3, latent_channels=4)
+    read.require(mid_block_add_attention=True, shift_factor=None, use_post_quant_conv=True, use_quant_conv=True)
     widths = read.integers("block_out_channels", (128, 256, 512, 512))
-    for way, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-        types = config.get(f"{way}_block_types", [kind] * len(widths))
-        if types != [kind] * len(widths):
-            raise read.error(f"{way}_block_types", types, f"{len(widths)} times {kind}")
+    levels = len(widths)
+    read.require(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
     return VAEConfig(
         block_out_channels=widths,
         layers_per_block=read.integer("layers_per_block", 2, MAX_LAYERS),

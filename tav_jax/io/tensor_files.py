@@ -1,23 +1,26 @@
 """The tensors of one pipeline component, one at a time, from any of the file formats in use.
 
 Formats: safetensors, sharded safetensors with an index, their `.fp16.` variants, and `.bin` files through torch's
-`weights_only` loader, which executes no code. Names, shapes and dtypes of all tensors are validated before the first is
-read.
+`weights_only` loader, which executes no code. The header of a file is validated before any of its tensors is read.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from tav_jax.errors import MissingError, WeightsError, join_names, short_repr
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-MAX_HEADER = MAX_INDEX = 10 << 20  # bytes; Stable Diffusion's largest has 0.1 MB, and safetensors accepts 100 MB
+MAX_HEADER = MAX_INDEX = 10 << 20  # bytes; at most 0.1 MB in Stable Diffusion, and safetensors accepts 100 MB
 MAX_DIMENSIONS = 8
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # what a weight can be
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # allowed for weights
 
 
 class Tensor(NamedTuple):
@@ -51,43 +54,43 @@ def iter_tensors(directory: Path) -> Iterator[Tensor]:
 def parse_json(text: bytes) -> Any:
     """Parse untrusted JSON. Every defect raises a ValueError, including deep nesting and duplicate names."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            seen: set[str] = set()
-            duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))
+            ((duplicate, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"duplicate name {short_repr(duplicate)}")
         return table
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=reject_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
+def load_json(path: Path, max_bytes: int) -> Any:
+    with path.open("rb") as file:
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes >> 20} MiB")
+    return parse_json(text)
+
+
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names. They must lie beside it; a symbolic link there is followed, as in the hub's
-    cache."""
+    """The files named in an index. They must be in its directory, where symbolic links, as in the hub's cache, may be."""
     try:
-        with index.open("rb") as file:
-            text = file.read(MAX_INDEX + 1)
-        if len(text) > MAX_INDEX:
-            raise ValueError(f"it is larger than {MAX_INDEX >> 20} MiB")
-        files = list(parse_json(text)["weight_map"].values())
-        if invalid := [name for name in files if not isinstance(name, str)]:
-            raise ValueError(f"{short_repr(invalid[0])} is not a file name")
+        files = list(load_json(index, MAX_INDEX)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(f"{index} is not an index of weight files ({_reason(error)}); download it again.") from error
-    names = sorted(set(files))
-    if not names:
+    if not files:
         raise WeightsError(f"{index} names no file; download it again.")
-    if outside := [n for n in names if Path(n).name != n or n in ("", ".", "..") or len(n) > 255 or "\0" in n]:
-        raise WeightsError(
-            f"{index} names {short_repr(outside[0])}, which is not a file beside it; download the component again."
-        )
-    if missing := [n for n in names if not (index.parent / n).is_file()]:
+    for n in files:
+        if not isinstance(n, str) or Path(n).name != n or n in ("", "..") or len(n) > 255 or "\0" in n:
+            problem = f"names {short_repr(n)}, which is not a file beside it"
+            raise WeightsError(f"{index} {problem}; download the component again.")
+    shards = [index.parent / name for name in sorted(set(files))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise MissingError(f"{index.parent} lacks {join_names(missing)}, named by {index.name}; download them.")
-    return [index.parent / n for n in names]
+    return shards
 
 
 def _reason(error: Exception) -> str:
@@ -96,20 +99,6 @@ def _reason(error: Exception) -> str:
 
 
 def _iter_safetensors(files: list[Path]) -> Iterator[Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    def reader(file: Path, name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            # The file is opened for each tensor: a memory mapping that stays open keeps every page that was read
-            # resident, which would double the peak while a large model loads.
-            try:
-                with safe_open(file, framework="np") as handle:
-                    return handle.get_tensor(name)
-            except (SafetensorError, OSError, ValueError) as error:  # for example, the file was replaced
-                raise WeightsError(f"{file} could not be read ({_reason(error)}); download it again.") from error
-
-        return read
-
     for file in files:
         try:
             with file.open("rb") as stream:
@@ -125,19 +114,28 @@ def _iter_safetensors(files: list[Path]) -> Iterator[Tensor]:
                 f"{file} is truncated or not a valid safetensors file ({_reason(error)}); download it again."
             ) from error
         for name, shape, dtype in tensors:
-            yield Tensor(name, shape, dtype, reader(file, name))
+            yield Tensor(name, shape, dtype, partial(_read_safetensor, file, name))
+
+
+def _read_safetensor(file: Path, name: str) -> np.ndarray:
+    # The file is opened for each tensor: a memory mapping that stays open keeps every page that was read resident, which
+    # would double the peak while a large model loads.
+    try:
+        with safe_open(file, framework="np") as handle:
+            return handle.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:  # for example, the file was replaced
+        raise WeightsError(f"{file} could not be read ({_reason(error)}); download it again.") from error
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Refuse what safetensors accepts: lists as entries, objects as dtypes, unknown fields and any number of
-    dimensions. Of duplicate names it takes the last; `parse_json` has refused them."""
+    """Refuse what safetensors accepts: lists as entries, objects as dtypes, unknown fields, any number of dimensions."""
     header.pop("__metadata__", None)
     for name, entry in header.items():
         fields = set(entry) if isinstance(entry, dict) else set()
         if fields != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
-            raise ValueError(f"not just a dtype, shape and data_offsets for tensor {short_repr(name)}")
+            raise ValueError(f"tensor {short_repr(name)} must have exactly a dtype, shape and data_offsets")
         if (dimensions := len(entry["shape"])) > MAX_DIMENSIONS:
-            raise ValueError(f"{dimensions} dimensions, more than {MAX_DIMENSIONS}, for tensor {short_repr(name)}")
+            raise ValueError(f"tensor {short_repr(name)} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
 
 
 def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
@@ -150,9 +148,7 @@ def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
         ) from error
 
     def as_numpy(value) -> np.ndarray:
-        if value.dtype == torch.bfloat16:
-            import ml_dtypes
-
+        if value.dtype == torch.bfloat16:  # which torch does not convert
             return value.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return value.numpy()
 
@@ -165,8 +161,8 @@ def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
             weights = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # an unpickling, zip or end-of-file error
             raise WeightsError(
-                f"{file} is damaged, or a pickle with more than plain weights in it; it was not executed. Use the "
-                "safetensors files of the same model."
+                f"{file} is damaged, or a pickle of other objects than tensors; it was not executed. Use the safetensors "
+                "files of the same model."
             ) from error
         if not isinstance(weights, dict) or not all(isinstance(k, str) and is_dense(v) for k, v in weights.items()):
             raise WeightsError(f"{file} is not a table of named tensors; use the safetensors files of the same model.")
