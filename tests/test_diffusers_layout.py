@@ -184,7 +184,11 @@ def test_a_config_that_is_not_a_json_object(model, text, message):
         ("unet", {"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block is [1, 2, 10]"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
         ("unet", {"down_block_types": ["AttnDownBlock2D"] * 3}, "down_block_types is "),
-        ("unet", {"down_block_types": [[], {}, None]}, "expected a list of 3, each CrossAttnDownBlock2D or DownBlock2D"),
+        (
+            "unet",
+            {"down_block_types": [[], {}, None]},
+            "a list of 3, each CrossAttnDownBlock2D or DownBlock2D",
+        ),
         ("unet", {"down_block_types": None}, "down_block_types is None"),
         ("unet", {"attention_head_dim": [2, 4]}, "attention_head_dim is [2, 4]"),
         ("unet", {"attention_head_dim": 5}, "expected divisors of the widths; 16 is not divisible by 5"),

@@ -38,8 +38,8 @@ MAX_PIXELS = 1 << 26  # per frame, twice as many as in 8K video
 MAX_PIXEL_ASPECT = 16  # a sample aspect ratio beyond 1:16 or 16:1 is ignored as an error in the file
 SAMPLE_RATES = range(8000, 192_001)  # Hz; audio with any other rate is resampled to 48 kHz
 MAX_AUDIO_BYTES = 2 << 30  # 23 minutes at the highest sample rate
-# For each decoded frame in display order: the clip's first frame index after it, and a function that converts it to RGB.
-# A frame that is displayed for longer than 1/fps covers several indices of the clip, and may cover none.
+# For each decoded frame in display order: the clip's first frame index after it, and a function that converts it to
+# RGB. At a constant frame rate, a frame with a long duration covers several indices, and one with a short may cover none.
 FrameIterator = Generator[tuple[int, Callable[[], np.ndarray]], None, None]
 
 

@@ -7,8 +7,8 @@ Formats: safetensors, sharded safetensors with an index, their `.fp16.` variants
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -76,7 +76,7 @@ def load_json(path: Path, max_bytes: int) -> Any:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files named in an index. They must be in its directory, where symbolic links, as in the hub's cache, may be."""
+    """The files named in an index. They must be in its directory, but may be symbolic links, as in the hub's cache."""
     try:
         files = list(load_json(index, MAX_INDEX)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -118,8 +118,8 @@ def _iter_safetensors(files: list[Path]) -> Iterator[Tensor]:
 
 
 def _read_safetensor(file: Path, name: str) -> np.ndarray:
-    # The file is opened for each tensor: a memory mapping that stays open keeps every page that was read resident, which
-    # would double the peak while a large model loads.
+    # The file is opened for each tensor: a memory mapping that stays open keeps every page that was read resident,
+    # which would double the peak while a large model loads.
     try:
         with safe_open(file, framework="np") as handle:
             return handle.get_tensor(name)
@@ -128,14 +128,14 @@ def _read_safetensor(file: Path, name: str) -> np.ndarray:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Refuse what safetensors accepts: lists as entries, objects as dtypes, unknown fields, any number of dimensions."""
+    """Refuse what safetensors accepts: lists as entries, objects as dtypes, unknown fields, too many dimensions."""
     header.pop("__metadata__", None)
     for name, entry in header.items():
         fields = set(entry) if isinstance(entry, dict) else set()
         if fields != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
-            raise ValueError(f"tensor {short_repr(name)} must have exactly a dtype, shape and data_offsets")
+            raise ValueError(f"expected a dtype, shape and data_offsets, and no more, for tensor {short_repr(name)}")
         if (dimensions := len(entry["shape"])) > MAX_DIMENSIONS:
-            raise ValueError(f"tensor {short_repr(name)} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
+            raise ValueError(f"{dimensions} dimensions, more than {MAX_DIMENSIONS}, for tensor {short_repr(name)}")
 
 
 def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
@@ -161,8 +161,8 @@ def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
             weights = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # an unpickling, zip or end-of-file error
             raise WeightsError(
-                f"{file} is damaged, or a pickle of other objects than tensors; it was not executed. Use the safetensors "
-                "files of the same model."
+                f"{file} is damaged, or a pickle of other objects than tensors; it was not executed. Use the "
+                "safetensors files of the same model."
             ) from error
         if not isinstance(weights, dict) or not all(isinstance(k, str) and is_dense(v) for k, v in weights.items()):
             raise WeightsError(f"{file} is not a table of named tensors; use the safetensors files of the same model.")
