@@ -285,7 +285,7 @@ class TuneAVideo:
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:
-            latents = validation.latents(latents, self._channels, starts=len(prompts))
+            latents = validation.latents(latents, self._channels, prompts=len(prompts))
         scale = guidance if guidance > 1 else None
         negative = [] if scale is None else [negative_prompt] * len(prompts)
         prompted = Conditioning(self.encode_text([*negative, *prompts]))  # [2P or P, L, D]

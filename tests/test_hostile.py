@@ -1,4 +1,4 @@
-"""Invalid schedules, videos and random files, full disks, and devices with too little memory.
+"""Invalid schedules and videos, randomly damaged files, full disks, and devices with too little memory.
 
 Each is refused with one sentence, in bounded time and memory, and existing files stay unchanged.
 """

@@ -157,7 +157,7 @@ def test_a_strength_out_of_range_is_refused(sd1, strength):
 
 
 def test_strength_needs_a_clip(sd1):
-    with pytest.raises(InputError, match=r"strength is 0.5, but there is no clip to keep; give its inversion"):
+    with pytest.raises(InputError, match=r"strength is 0.5, but there is no clip to keep; give its inverted latents"):
         sd1.tav.sample("red", frames=2, size=(32, 32), steps=2, strength=0.5)
 
 

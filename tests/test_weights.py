@@ -300,7 +300,7 @@ def test_thousands_of_unexpected_names_give_a_short_message(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.astype(np.int64), "1 of a wrong type: encoder.conv_in.bias is I64, expected F64 or F32"),
+        (lambda x: x.astype(np.int64), "1 of a wrong dtype: encoder.conv_in.bias is I64, expected F64 or F32"),
         (lambda x: np.where(np.arange(len(x)) == 1, np.nan, x), "encoder.conv_in.bias has values that are NaN"),
         (lambda x: x.astype(np.float64) + 1e300, "infinite or too large for float32"),
     ],

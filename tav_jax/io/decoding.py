@@ -39,7 +39,7 @@ MAX_PIXEL_ASPECT = 16  # a sample aspect ratio beyond 1:16 or 16:1 is ignored as
 SAMPLE_RATES = range(8000, 192_001)  # Hz; audio with any other rate is resampled to 48 kHz
 MAX_AUDIO_BYTES = 2 << 30  # 23 minutes at the highest sample rate
 # For each decoded frame in display order: the clip's first frame index after it, and a function that converts it to
-# RGB. At a constant frame rate, a frame with a long duration covers several indices, and one with a short may cover none.
+# RGB. At a constant frame rate, a frame of long duration covers several indices, and a short one may cover none.
 FrameIterator = Generator[tuple[int, Callable[[], np.ndarray]], None, None]
 
 

@@ -132,8 +132,8 @@ def _from_hub(name: str) -> Path:
     root = Path()
     try:
         for allowed, ignored in HUB_WEIGHTS:
-            patterns = {"allow_patterns": [*HUB_CONFIGS, allowed], "ignore_patterns": [*HUB_IGNORED, *ignored]}
-            root = Path(huggingface_hub.snapshot_download(name, **patterns))
+            allow, ignore = [*HUB_CONFIGS, allowed], [*HUB_IGNORED, *ignored]
+            root = Path(huggingface_hub.snapshot_download(name, allow_patterns=allow, ignore_patterns=ignore))
             if all(any((root / part).glob(allowed.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
                 break
         return root

@@ -1,14 +1,14 @@
 """Progress bars."""
 
 import builtins
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tav_jax.distributed import processes
 
-Progress = Callable[[int], None] | bool | None
+Progress = Callable[[int], None] | bool | None  # called with the number of steps done; True for a bar
 
 
 def progress_bar(total: int, description: str, show: bool | None = None) -> Any:
@@ -20,9 +20,9 @@ def progress_bar(total: int, description: str, show: bool | None = None) -> Any:
     return tqdm(total=total, desc=description, disable=not show)
 
 
-@contextlib.contextmanager
+@contextmanager
 def reporter(progress: Progress, steps: int, description: str) -> Iterator[Callable[[int], None] | None]:
-    """A function of the number of steps done: the given one, one that moves a bar if `progress` is True, or None."""
+    """The function to call with the number of steps done, or None. If `progress` is True, it updates a new bar."""
     if progress is True:
         with progress_bar(steps, description, True) as bar:
             yield counter(bar)
@@ -31,10 +31,6 @@ def reporter(progress: Progress, steps: int, description: str) -> Iterator[Calla
 
 
 def counter(bar: Any) -> Callable[[int], None] | None:
-    """Moves a bar on by the number of steps done; None for a hidden bar."""
-    before = bar.n
-
-    def count(done: int) -> None:
-        bar.update(before + done - bar.n)
-
-    return None if bar.disable else count
+    """A function that sets a bar to its present count plus the number of steps done; None for a hidden bar."""
+    start = bar.n
+    return None if bar.disable else lambda done: bar.update(start + done - bar.n)

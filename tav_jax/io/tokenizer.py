@@ -24,43 +24,35 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(directory)
-        tokenizer("a word", verbose=False)  # some defects raise only on use
+        tokenizer("a word", verbose=False)  # some defects appear only in use
         tokenizer(["a word"], padding="max_length", max_length=9, truncation=True)
     except Exception as error:  # the library raises many types for a damaged vocabulary
-        raise WeightsError(
-            f"{directory} is not a readable CLIP tokenizer ({short_repr(str(error))}); download it again."
-        ) from error
+        cause = short_repr(str(error))
+        raise WeightsError(f"{directory} is not a readable CLIP tokenizer ({cause}); download it again.") from error
     return tokenizer
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int, vocab_size: int = 2**31) -> Int[np.ndarray, "n L"]:
-    """Token ids below `vocab_size`, padded to `length`. A longer text is truncated, with a warning that quotes the
-    rest."""
+    """Token ids below `vocab_size`, padded to `length`. Longer texts are truncated, with a warning."""
     for text in texts:
         if not isinstance(text, str):
             raise InputError(f"a prompt must be a string, not {short_repr(text)}")
         if len(text) > MAX_TEXT:
-            raise InputError(
-                f"a prompt has {len(text)} characters, more than {MAX_TEXT}; the text encoder reads {length} tokens"
-            )
+            encoder = f"the text encoder reads {length} tokens"
+            raise InputError(f"a prompt has {len(text)} characters, more than {MAX_TEXT}; {encoder}")
         if not is_utf8(text):
             raise InputError(f"the prompt {short_repr(text)} is not valid Unicode; write it in UTF-8")
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(
-                PromptCut(
-                    f"the prompt has {len(ids)} tokens and the text encoder reads {length}; {rest!r} is ignored. "
-                    "Shorten the prompt to use all of it."
-                ),
-                stacklevel=4,
-            )
+            ignored = f"the prompt has {len(ids)} tokens and the text encoder reads {length}; {rest!r} is ignored"
+            warnings.warn(PromptCut(f"{ignored}. Shorten the prompt to use all of it."), stacklevel=4)
     encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
     ids = encoded.input_ids.astype(np.int32)
     # JAX clamps an index that is out of range without an error.
     if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < vocab_size:
         raise WeightsError(
             f"the tokenizer produces the token id {ids.max()} and the text encoder's vocab_size is {vocab_size}; they "
-            "are from different pipelines. Take both from the same one."
+            "are from different pipelines. Use both from the same one."
         )
     return ids

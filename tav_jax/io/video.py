@@ -30,9 +30,10 @@ from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, ImageDi
 MAX_BYTES = 4 << 30  # of all selected frames
 MAX_FRAMES = 100_000
 MAX_GIF_DELAY = 65_535  # hundredths of a second
+GAP = 8  # white pixels between clips that are side by side
+# The encoder's output depends on its number of threads, and so on the machine.
+ONE_THREAD = {"x264-params": "threads=1"}
 Fit = Literal["crop", "stretch"]
-
-__all__ = ["Audio", "Clip", "Edit", "load_video", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,6 @@ class Edit(Clip):
         return super().save(path) if processes.is_primary() else Path(path)
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
-
-
 def load_video(
     path: str | Path,
     *,
@@ -102,7 +100,7 @@ def load_video(
 
     Args:
         path: a local path or a bucket URL.
-        frames: how many frames to load; by default all up to the end. In a damaged file, those before the damage load.
+        frames: how many frames to load; by default all. A damaged file can be loaded up to the damage.
         size: (height, width) of the result; by default the display size of the source, cropped to multiples of 8.
         start: index of the first frame.
         stride: distance between two frames. The clip's fps is the source's fps ÷ stride.
@@ -137,7 +135,9 @@ def load_video(
             while wanted < end and len(selected) != frames:
                 selected.append(frame)
                 wanted += stride
-                _check_memory(path, frame.nbytes * (frames or len(selected)))
+                if (needed := frame.nbytes * (frames or len(selected))) > MAX_BYTES:
+                    memory = f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:.1f}"
+                    raise InputError(f"the selected frames of {path} take {memory}; use fewer frames or a smaller size")
                 if len(selected) > MAX_FRAMES:
                     raise InputError(f"{path} has more than {MAX_FRAMES} frames to load; set frames to limit them")
             if len(selected) == frames:
@@ -155,9 +155,9 @@ def load_video(
 
 def _check_request(frames, size, start, stride, fit, fps) -> None:
     counts = (("frames", 1 if frames is None else frames, 1), ("start", start, 0), ("stride", stride, 1))
-    for name, value, least in counts:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise InputError(f"{name} is {short_repr(value)}; it must be a whole number, {least} or more")
+    for name, value, minimum in counts:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+            raise InputError(f"{name} is {short_repr(value)}; it must be a whole number, {minimum} or more")
     if size is not None:
         if not isinstance(size, tuple | list) or len(size) != 2:
             raise InputError(f"size is {short_repr(size)}; it must be (height, width)")
@@ -201,14 +201,6 @@ def _download(url: str, directory: Path) -> Path:
     raise MissingError(f"{url} does not exist; use a video file or a directory of images")
 
 
-def _check_memory(path: Path, needed: int) -> None:
-    if needed > MAX_BYTES:
-        raise InputError(
-            f"the selected frames of {path} take {needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:.1f}; "
-            "use fewer frames or a smaller size"
-        )
-
-
 def _too_short(path: Path, available: int, damage: str, frames: int, start: int, stride: int) -> str:
     """The error message for too few frames, with each change of a single argument that would work."""
     until = f" before it is damaged ({damage})" if damage else ""
@@ -250,12 +242,6 @@ def _resize(
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-# --------------------------------------------------------------------------------------------------------------- saving
-
-# With several threads, the encoder's output was seen to differ between processes for the same frames.
-ONE_THREAD = {"x264-params": "threads=1"}
-
-
 def _write_mp4(path: Path, clip: Clip) -> None:
     h, w = clip.frames.shape[1:3]
     rate = Fraction(clip.fps).limit_denominator(100_000)
@@ -289,7 +275,7 @@ def _write_mp4(path: Path, clip: Clip) -> None:
 
 
 def _audio_frame(audio: Audio, begin: Fraction, end: Fraction) -> av.AudioFrame | None:
-    """The samples between two times in seconds; None if there are none."""
+    """The samples from `begin` to `end` in seconds; None if there are none."""
     low = round(begin * audio.rate)
     samples = np.ascontiguousarray(audio.samples[:, low : round(end * audio.rate)], np.float32)
     if not samples.size:
@@ -301,7 +287,7 @@ def _audio_frame(audio: Audio, begin: Fraction, end: Fraction) -> av.AudioFrame 
 
 def _write_gif(path: Path, clip: Clip) -> None:
     # GIF delays are hundredths of a second, and players slow down delays below two. Times are rounded, not delays, and
-    # frames that follow too fast are dropped, so that the total duration is right.
+    # frames closer than that are dropped, so that the total duration is right.
     total = max(2, round(100 * len(clip.frames) / clip.fps))
     kept, begins = [0], [0]
     for index in range(1, len(clip.frames)):
@@ -310,20 +296,15 @@ def _write_gif(path: Path, clip: Clip) -> None:
             kept.append(index)
             begins.append(begin)
     delays = [end - begin for begin, end in pairwise([*begins, total])]
-    unchanged = 0  # Pillow merges equal consecutive frames and adds their delays
+    shown = 0  # how long the same image is shown: Pillow merges equal consecutive frames and adds their delays
     for i, delay in enumerate(delays if total > MAX_GIF_DELAY else ()):
         same = i > 0 and np.array_equal(clip.frames[kept[i]], clip.frames[kept[i - 1]])
-        unchanged = delay + (unchanged if same else 0)
-        if unchanged > MAX_GIF_DELAY:
-            most = MAX_GIF_DELAY // 100
-            raise InputError(f"a frame is shown for more than {most} s, too long for a GIF; write .mp4 instead")
+        shown = delay + (shown if same else 0)
+        if shown > MAX_GIF_DELAY:
+            limit = MAX_GIF_DELAY // 100
+            raise InputError(f"a frame is shown for more than {limit} s, too long for a GIF; write .mp4 instead")
     duration = [10 * delay for delay in delays] if len(kept) > 1 else total * 10  # Pillow takes no list for one frame
     path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=duration, loop=0))
-
-
-# --------------------------------------------------------------------------------------------------------- side by side
-
-GAP = 8  # white pixels between the columns
 
 
 def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:

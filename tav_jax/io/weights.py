@@ -1,7 +1,7 @@
 """Conversion between Diffusers' weights and the NNX modules, with one table of names for each direction.
 
-Every tensor of a file must belong to a variable, and every variable must get a tensor of its shape; missing, unexpected
-and misshapen tensors are reported together. Tensors are read one at a time and converted to their target dtype.
+Every tensor of a file must belong to a variable, and every variable needs a tensor of its shape. All tensors that do
+not match are reported together. Tensors are read one at a time and converted to their target dtype.
 """
 
 import functools
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from tav_jax.distributed import memory
 from tav_jax.errors import InputError, OutOfMemoryError, WeightsError, join_names
@@ -27,10 +28,10 @@ from tav_jax.io.diffusers_layout import CONFIGS, Layout
 from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
 from tav_jax.models import VAE, ClipText, UNet
 
-# The VAE's attention layers have two generations of names: new → old.
+# The VAE's attention layers: current name → deprecated name.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
-# Diffusers' name → path in the module, by the first row that matches all of it. A name without a row is an error.
+# Diffusers' name → path in the module, by the first row whose pattern matches the whole name. Other names are errors.
 _CONV = r"conv(?:\d|_in|_out|_shortcut)?"
 _KERNEL, _SCALE, _BIAS = r"\1.kernel", r"\1.scale", r"\1.bias"
 FROM_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
@@ -44,8 +45,8 @@ FROM_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
         (r"(.+)\.bias", _BIAS),
     ],
     "vae": [
-        *((rf"(.+\.attentions\.0)\.{old}\.{theirs}", rf"\1.{new}.{ours}") for new, old in OLD_VAE_NAMES.items()
-          for theirs, ours in (("weight", "kernel"), ("bias", "bias"))),
+        *((rf"(.+\.attentions\.0)\.{old}\.weight", rf"\1.{new}.kernel") for new, old in OLD_VAE_NAMES.items()),
+        *((rf"(.+\.attentions\.0)\.{old}\.bias", rf"\1.{new}.bias") for new, old in OLD_VAE_NAMES.items()),
         (r"((?:.+\.)?(?:norm\d|group_norm|conv_norm_out))\.weight", _SCALE),
         (rf"((?:.+\.)?(?:{_CONV}|(?:post_)?quant_conv|to_[qkv]|to_out\.0))\.weight", _KERNEL),
         (r"(.+)\.bias", _BIAS),
@@ -86,6 +87,7 @@ TEMPORAL = re.compile(r".+\.(?:attn_temp|norm_temp)\..+")
 
 
 def translate(table: list[tuple[str, str]], name: str) -> str | None:
+    """The name by the first row that matches all of it, None if there is none."""
     for pattern, replacement in table:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
@@ -112,18 +114,11 @@ def to_torch(x: np.ndarray, path: str) -> np.ndarray:
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
 
 
-def _torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
-    return to_torch(np.broadcast_to(np.float32(0), shape), path).shape
-
-
-# ----------------------------------------------------------------------------------------------------------- reading
-
-
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 class _ConstantRngs:
-    """Replaces `nnx.Rngs` where no random number is used: tracing its counters takes seconds."""
+    """In place of `nnx.Rngs` where no random number is used, because tracing its counters takes seconds."""
 
     def params(self) -> jax.Array:
         return jax.random.key(0)
@@ -147,7 +142,7 @@ class Components:
     unet: UNet
     vae: VAE
     text_encoder: ClipText
-    old_vae_names: bool  # the generation of attention names in the VAE's file, used again when saving
+    old_vae_names: bool  # the VAE's file has the deprecated attention names, which saving uses again
     fingerprint: str  # of all tensors that were read
 
     @classmethod
@@ -175,13 +170,13 @@ class Components:
 
 
 def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> dict[str, str]:
-    """Load the tensors of `root/part` into an abstract module, and initialise the temporal layers of a 2D UNet.
+    """Load the tensors of `root/part` into an abstract module, and initialize the temporal layers of a 2D UNet.
 
     Returns the digest of each tensor by its name in the file.
     """
     state = nnx.state(module)
     variables = flat(state)
-    unexpected, misshapen, mistyped, found = [], [], [], {}
+    unexpected, wrong_shape, wrong_dtype, found = [], [], [], {}
     for tensor in iter_tensors(root / part):
         if part in IGNORED and re.fullmatch(IGNORED[part], tensor.name):
             continue
@@ -190,18 +185,18 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
             unexpected.append(tensor.name)
             continue
         found[path] = tensor
-        if tensor.shape != (expected := _torch_shape(variables[path].shape, path)):
-            misshapen.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
+        if tensor.shape != (expected := to_torch(np.broadcast_to(0.0, variables[path].shape), path).shape):
+            wrong_shape.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
         elif tensor.dtype not in FLOAT_DTYPES:
-            mistyped.append(f"{tensor.name} is {tensor.dtype}, expected {' or '.join(FLOAT_DTYPES)}")
+            wrong_dtype.append(f"{tensor.name} is {tensor.dtype}, expected {' or '.join(FLOAT_DTYPES)}")
     missing = [path for path in variables if path not in found]
     if part == "unet" and not any(TEMPORAL.fullmatch(path) for path in found):  # a 2D UNet
         missing = [path for path in missing if not TEMPORAL.fullmatch(path)]
     problems = {
         "missing": [translate(TO_DIFFUSERS[part], path) or path for path in missing],
         "unexpected": unexpected,
-        "of a wrong shape": misshapen,
-        "of a wrong type": mistyped,
+        "of a wrong shape": wrong_shape,
+        "of a wrong dtype": wrong_dtype,
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in problems.items() if names)
@@ -232,9 +227,9 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
 
 
 def init_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
-    """A new temporal layer's variable: queries, keys and values uniform within ±1/√fan_in, the output zero.
+    """Initial values of a temporal layer: uniform within ±1/√fan_in for queries, keys and values, zero for the output.
 
-    The inflated UNet is then the 2D UNet on each frame. The official code initialises the output's bias at random.
+    The inflated UNet then equals the 2D UNet on each frame. The official code initializes the output's bias at random.
     """
     if path.endswith("norm_temp.scale"):
         return jnp.ones(shape)
@@ -245,21 +240,14 @@ def init_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
 def torch_tensors(module: nnx.Module, part: str, *, old_vae_names: bool = False) -> dict[str, np.ndarray]:
     """All weights of a module under Diffusers' names, with torch's order of axes."""
-
-    def old_name(match: re.Match[str]) -> str:
-        return f".attentions.0.{OLD_VAE_NAMES[match[1]]}."
-
     tensors = {}
     for path, leaf in flat(nnx.state(module)).items():
         name = translate(TO_DIFFUSERS[part], path)
         assert name is not None, f"TO_DIFFUSERS has no row for {part} {path}"
-        if part == "vae" and old_vae_names:
-            name = re.sub(r"\.attentions\.0\.(to_[qkv]|to_out\.0)\.", old_name, name)
+        for new, old in OLD_VAE_NAMES.items() if part == "vae" and old_vae_names else ():
+            name = name.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
         tensors[name] = np.ascontiguousarray(to_torch(np.asarray(leaf.get_value()), path))
     return tensors
 
@@ -278,21 +266,19 @@ def check_target(directory: str | Path) -> Path:
     return target
 
 
-def save(pipeline: Components, directory: str | Path) -> None:
+def save(components: Components, directory: str | Path) -> None:
     """Write a pipeline directory that tav_jax, the official code and (without the temporal layers) Diffusers load.
 
-    It is written to a temporary directory beside the target and then renamed, so that the target is never incomplete.
+    It is written to a temporary directory beside the target, which is then renamed: the target is never incomplete.
     """
-    from safetensors.numpy import save_file
-
     target = check_target(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
-    layout = pipeline.layout
+    layout = components.layout
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for part in CONFIGS:
             (scratch / part).mkdir()
-        # Only known names: a downloaded directory may contain other files, or links to any file of this machine.
+        # Only known names: a downloaded directory may contain other files, or links to private files of this machine.
         for file in (layout.root / "tokenizer" / name for name in TOKENIZER_FILES):
             if file.is_file():
                 shutil.copyfile(file, scratch / "tokenizer" / file.name)
@@ -309,18 +295,17 @@ def save(pipeline: Components, directory: str | Path) -> None:
             "vae": ["diffusers", "AutoencoderKL"],
         }
         _write_json(scratch / "model_index.json", index)
-        for part, module in (("unet", pipeline.unet), ("vae", pipeline.vae), ("text_encoder", pipeline.text_encoder)):
+        for part in ("unet", "vae", "text_encoder"):
             file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-            tensors = torch_tensors(module, part, old_vae_names=pipeline.old_vae_names)
+            tensors = torch_tensors(getattr(components, part), part, old_vae_names=components.old_vae_names)
             save_file(tensors, scratch / part / file, metadata={"format": "pt"})
         scratch.chmod(0o755)  # mkdtemp creates directories that only their owner can read
         if target.exists():
             target.rmdir()
         scratch.rename(target)
     except OSError as error:
-        raise InputError(
-            f"{target} could not be written ({error.strerror or error}); free some space or give another directory"
-        ) from error
+        fix = "free some space or give another directory"
+        raise InputError(f"{target} could not be written ({error.strerror or error}); {fix}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # does not exist after a success
 
