@@ -19,7 +19,7 @@ def frames(clip: Frames, factor: int) -> UInt8[np.ndarray, "F H W 3"]:
         raise InputError(f"the frames are {array.dtype} {list(array.shape)}; expected uint8 [frames, height, width, 3]")
     if not len(array):
         raise InputError("the clip has 0 frames; at least 1 is needed")
-    check_size(*array.shape[1:3], factor)
+    check_size(array.shape[1], array.shape[2], factor)
     return array
 
 
