@@ -80,7 +80,7 @@ class TuneAVideo:
         check_choice("model.dtype", dtype)
         check_choice("model.spatial_attention", spatial_attention)
         processes.initialize()
-        devices = sharding.make_mesh(mesh, frames=frames)
+        device_mesh = sharding.make_mesh(mesh, frames=frames)
         layout = Layout.open(
             source,
             spatial_attention=spatial_attention,
@@ -89,10 +89,11 @@ class TuneAVideo:
         )
         if size:
             check_size(*size, layout.vae.downsampling)
-        NoiseSchedule.from_config(layout.configs["scheduler"])  # refused before gigabytes are read
-        components = weights.Components.load(layout, jnp.dtype(dtype), float32=trainable_filter(trainable), seed=seed)
+        NoiseSchedule.from_config(layout.configs["scheduler"])  # invalid ones are refused before the weights are loaded
+        in_float32 = trainable_filter(trainable)
+        components = weights.Components.load(layout, jnp.dtype(dtype), float32_filter=in_float32, seed=seed)
         processes.check_same({f"the fingerprint of {source}": components.fingerprint})
-        return cls(components, dtype, devices)
+        return cls(components, dtype, device_mesh)
 
     @classmethod
     def from_config(cls, config: Any) -> "TuneAVideo":
@@ -237,7 +238,7 @@ class TuneAVideo:
         table = self.schedule.inversion_steps(steps)
         if isinstance(clip, Clip):
             self.source = clip
-        if isinstance(clip, Clip) or np.asarray(clip).dtype == np.uint8:
+        if isinstance(clip, Clip) or getattr(clip, "dtype", None) == np.uint8:
             latents = self.encode_video(clip)  # pyright: ignore[reportArgumentType]
         else:
             latents = validation.latents(clip, self._channels)  # pyright: ignore[reportArgumentType]
@@ -275,7 +276,8 @@ class TuneAVideo:
 
         `strength` is the share of the steps, the last ones, that use the prompt. The steps before them use the empty
         prompt without guidance, which reverses the inversion; they determine the layout, so a smaller strength keeps
-        more of the clip. `progress` is as for `invert`.
+        more of the clip. (In Diffusers' image-to-image pipelines, `strength` skips the first steps instead.)
+        `progress` is as for `invert`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:

@@ -16,7 +16,7 @@ LAYERS = [
     ["distributed.memory", "training.train_step", "io"],
     ["training"],
     ["pipeline"],
-    ["training.loop", "evaluation", "plan", "demo", "web"],
+    ["training.loop", "plan", "demo"],
     ["cli", "__main__", "__init__"],
 ]
 MAX_LINES = 400

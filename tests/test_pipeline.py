@@ -278,3 +278,9 @@ def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, tav_jax; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(said.replace("'", '"')) == []
+
+
+def test_a_replay_of_no_steps_is_empty(sd1):
+    noise = np.zeros((0, *sd1.latents.shape[1:]), np.float32)
+    result = sd1.load().replay(sd1.latents, "red", timesteps=[], noise=noise)
+    assert result.losses.shape == result.grad_norms.shape == (0,)

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import refusal
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import TuneAVideo
@@ -88,6 +89,8 @@ def test_saving_a_loaded_pipeline_gives_the_same_files(case, tmp_path):
     index = json.loads((tmp_path / "again/model_index.json").read_text())
     assert index["_class_name"] == "TuneAVideoPipeline"
     assert (tmp_path / "again").stat().st_mode & 0o777 == 0o755
+    for file in (tmp_path / "again").rglob("*.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o644
     assert os.listdir(tmp_path) == ["again"]
 
 
@@ -358,3 +361,15 @@ def test_saving_copies_only_known_files_of_the_tokenizer(sd1, tmp_path):
     written = {file.name for file in (tmp_path / "out/tokenizer").iterdir()}
     assert written == {file.name for file in (sd1.model / "tokenizer").iterdir()} <= set(weights.TOKENIZER_FILES)
     assert not any(file.read_bytes() == b"mine" for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+def test_a_failed_write_of_tensors_is_one_sentence_and_leaves_nothing(sd1, tmp_path, monkeypatch):
+    """safetensors has an error class of its own, also for a full disk."""
+
+    def fail(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", fail)
+    with pytest.raises(InputError, match=r"out could not be written \(Error while serializing.*free some space"):
+        sd1.tav.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

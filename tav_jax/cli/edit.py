@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     compilation_cache.enable()
     processes.initialize()
     training_run = Run.open(arguments.workdir)
-    for name in ("negative_prompt", "guidance", "strength", "steps", "inversion_steps"):
+    for name in ("negative_prompt", "sampler", "guidance", "strength", "steps", "inversion_steps"):
         if (value := getattr(arguments, name)) is not None:
             training_run.config.edit[name] = value
     training_run.config = configs.validate(training_run.config)

@@ -82,7 +82,7 @@ def call_unet(unet: UNet, latents: Any, timesteps: Any, conditioning: Conditioni
 
 @jax.jit(static_argnames=("sampler", "prediction", "use_guidance", "trajectory"))
 def denoise_loop(
-    unet: UNet,
+    unet: Any,
     state: Any,
     conditioning: Conditioning,
     steps: Steps,
@@ -95,7 +95,8 @@ def denoise_loop(
 ) -> tuple[Any, jax.Array | None]:
     """Sampling or inversion steps: the sampler's state and, with `trajectory`, the latents after each step.
 
-    With guidance, `conditioning` has the rows [unconditional; conditional], twice as many as the latents.
+    `unet` is a `UNet`, or a module that wraps one and has the same call. With guidance, `conditioning` has the rows
+    [unconditional; conditional], twice as many as the latents.
     """
 
     def denoise(latents, step):
@@ -108,7 +109,7 @@ def denoise_loop(
 
 
 def run_denoise_loop(
-    unet: UNet,
+    unet: Any,
     latents: jax.Array,
     conditioning: Conditioning,
     steps: Steps,

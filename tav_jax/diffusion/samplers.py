@@ -1,7 +1,8 @@
 """Samplers, and the loop that runs one.
 
-A sampler is two functions over a state, a pytree that holds the latents and, for a multistep method, results of earlier
-steps. The state is the carry of a `lax.scan`, and is passed from chunk to chunk when the loop is run in chunks.
+A sampler has two methods, `init` and `step`. Its state is a pytree that holds the latents and, for a multistep method,
+results of earlier steps. The state is the carry of a `lax.scan`, and is passed from chunk to chunk when the loop is run
+in chunks.
 
 To add a sampler, write a class with `init` and `step` in a file of its own and name it in `SAMPLERS` of `config.py`, or
 pass an instance to `TuneAVideo.sample(sampler=...)` (`examples/custom_sampler.py`).
@@ -9,6 +10,7 @@ pass an instance to `TuneAVideo.sample(sampler=...)` (`examples/custom_sampler.p
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -23,8 +25,8 @@ Denoiser = Callable[[Float[Array, "B F h w c"], Steps], Float[Array, "B F h w c"
 
 @runtime_checkable
 class Sampler(Protocol):
-    """The state is any pytree with the current latents as `state.latents`. Samplers are static arguments of a jitted
-    function: they must be hashable, and equal if they behave the same."""
+    """A sampling method. Its state is a pytree with an attribute `latents`. Samplers are static arguments of a jitted
+    function: they must be hashable, and equal only if they behave the same."""
 
     def init(self, latents: Float[Array, "B F h w c"]) -> Any:
         """The state before the first step."""
@@ -40,7 +42,8 @@ class DDIMState(NamedTuple):
     latents: Float[Array, "B F h w c"]
 
 
-class DDIM(NamedTuple):
+@dataclass(frozen=True)
+class DDIM:
     """Deterministic DDIM (η = 0)."""
 
     def init(self, latents: Float[Array, "B F h w c"]) -> DDIMState:

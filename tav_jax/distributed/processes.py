@@ -100,7 +100,8 @@ def initialize(*, preemption: bool = False) -> None:
     _watcher.start()
     atexit.register(_exit_all_after_exception)  # runs before JAX's exit function, which waits for the other processes
     check_same({"the number of processes": count, "tav_jax": tav_jax.__version__, "jax": jax.__version__})
-    jax.devices()  # all processes must start the backend together: in `gather`, one would wait for the other's backend
+    # Initializing the backend is collective: done later by one process, it would block while another is in `gather`.
+    jax.devices()
 
 
 def require_single_process(command: str) -> None:
@@ -135,6 +136,8 @@ def _from_environment() -> Group | None:
     if missing := [name for name in VARIABLES if name not in values]:
         raise InputError(f"{', '.join(missing)} must be set, too; with several processes, each needs all three")
     address, count, index = values["TAV_COORDINATOR"], int(values["TAV_PROCESSES"]), int(values["TAV_PROCESS"])
+    if not count:
+        raise InputError("TAV_PROCESSES is 0; it must be the number of processes, 1 or more")
     if index >= count:
         raise InputError(f"TAV_PROCESS is {index}; with TAV_PROCESSES={count} it must be 0 to {count - 1}")
     host, _, port = address.rpartition(":")
@@ -146,7 +149,7 @@ def _from_environment() -> Group | None:
 def _detect(seconds: float) -> Group | None:
     from jax._src.clusters import ClusterEnv  # private: the public function also connects
 
-    names = ["slurm", "ompi"] + ["gcetpu", "gketpu"] * ("tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
+    names = ["slurm", "ompi"] + ["gcetpu", "gketpu"] * ("tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu"))
     detect: Any = ClusterEnv.auto_detect_unset_distributed_params
     try:
         for cluster in ClusterEnv._cluster_types:
@@ -192,13 +195,15 @@ def gather(name: str, value: Value) -> list[Value]:
         raise ProcessLostError(f"{_join(late)} did not reach “{name}” within {GATHER_TIMEOUT} seconds") from failure
     for index, (other, _) in entries.items():
         if other != entries[0][0]:
-            raise ProcessLostError(f"process {index} is at “{other}” while process 0 is at “{entries[0][0]}”")
+            raise ProcessLostError(
+                f"process {index} is at “{other}” while process 0 is at “{entries[0][0]}”; all must make the same calls"
+            )
     return [entries[index][1] for index in sorted(entries)]
 
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is true in any process."""
-    return any(gather("any_process", bool(flag)))
+    return any(gather("the comparison of a flag", bool(flag)))
 
 
 def run_on_primary(name: str, function: Callable[[], Value]) -> Value:
@@ -221,14 +226,16 @@ def check_same(values: Mapping[str, Any]) -> None:
     """Refuse values that differ between the processes."""
     if not is_multiprocess():
         return
-    first, *others = gather("comparing the settings", dict(values))
+    first, *others = gather("the comparison of settings", dict(values))
     if differences := [
         f"{name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on process {index}"
         for index, other in enumerate(others, 1)
         for name in {**first, **other}
         if first.get(name) != other.get(name)
     ]:
-        raise InputError(f"the processes differ: {'; '.join(differences)}; start the same command in all of them")
+        raise InputError(
+            f"the processes differ: {'; '.join(differences)}; all need the same command, versions and files"
+        )
 
 
 def stop_at_this_step(step: int, requested: bool) -> bool:
@@ -269,8 +276,8 @@ def wait_for_abort(error: Exception) -> None:
 
 
 def exit_all(message: str, code: int) -> None:
-    """End this process with the status, and the others with the message. In a single process, or with the status of
-    `StoppedError`, with which all processes exit by themselves: do nothing."""
+    """Exit with `code`, and make the other processes exit with `message`. Does nothing in a single process, or if
+    `code` is that of `StoppedError`, after which every process exits by itself."""
     if not is_multiprocess() or code == StoppedError.exit_code:
         return
     _exiting.set()
@@ -293,7 +300,7 @@ def _exit_now(code: int, message: str = "") -> NoReturn:
     os._exit(code)
 
 
-@atexit.register  # exit functions run in reverse order: if JAX is imported later, its own, which waits, runs first
+@atexit.register  # exit functions run in reverse order: that of JAX, if imported later, runs before this one
 def _join_watcher() -> None:
     """Python must not end while a thread is in JAX's code."""
     _exiting.set()

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tav_jax.distributed import memory
@@ -146,8 +147,8 @@ class Components:
     fingerprint: str  # of all tensors that were read
 
     @classmethod
-    def load(cls, layout: Layout, dtype, *, float32: Callable[..., bool], seed: int = 0) -> "Components":
-        """Load every component in `dtype`, except the UNet's weights that the filter `float32` selects."""
+    def load(cls, layout: Layout, dtype, *, float32_filter: Callable[..., bool], seed: int = 0) -> "Components":
+        """Load all components in `dtype`, and the weights of the UNet that `float32_filter` selects in float32."""
         unet, vae = abstract(UNet, layout.unet, dtype), abstract(VAE, layout.vae, dtype)
         text_encoder = abstract(ClipText, layout.text_encoder, dtype)
         size = sum(x.size for x in jax.tree.leaves((unet, vae, text_encoder))) * jnp.dtype(dtype).itemsize
@@ -158,7 +159,7 @@ class Components:
             )
 
         def unet_dtype(path: str) -> Any:
-            return jnp.float32 if float32(path.split("."), None) else dtype
+            return jnp.float32 if float32_filter(path.split("."), None) else dtype
 
         digests = fill(unet, layout.root, "unet", unet_dtype, seed)
         vae_digests = fill(vae, layout.root, "vae", lambda path: dtype)
@@ -259,7 +260,7 @@ def inflated_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_target(directory: str | Path) -> Path:
-    """The directory's path. It must not exist or be empty: nothing is overwritten."""
+    """The path of a directory to write. Raises `InputError` if it exists and is not an empty directory."""
     target = Path(directory).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty directory; give another name or remove it first.")
@@ -267,7 +268,7 @@ def check_target(directory: str | Path) -> Path:
 
 
 def save(components: Components, directory: str | Path) -> None:
-    """Write a pipeline directory that tav_jax, the official code and (without the temporal layers) Diffusers load.
+    """Write a pipeline directory in the Diffusers layout with the 3D UNet of the official code, which can load it.
 
     It is written to a temporary directory beside the target, which is then renamed: the target is never incomplete.
     """
@@ -299,13 +300,15 @@ def save(components: Components, directory: str | Path) -> None:
             file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
             tensors = torch_tensors(getattr(components, part), part, old_vae_names=components.old_vae_names)
             save_file(tensors, scratch / part / file, metadata={"format": "pt"})
+            (scratch / part / file).chmod(0o644)  # safetensors creates files that only their owner can read
         scratch.chmod(0o755)  # mkdtemp creates directories that only their owner can read
         if target.exists():
             target.rmdir()
         scratch.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         fix = "free some space or give another directory"
-        raise InputError(f"{target} could not be written ({error.strerror or error}); {fix}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target} could not be written ({reason}); {fix}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # does not exist after a success
 

@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float
 
 
 class Conditioning(NamedTuple):
-    """Passed from the UNet through its blocks to every attention layer. All fields are arrays: new values do not cause
-    a compilation. To add a kind of control, add a field here and read it in the layer that it changes."""
+    """Passed from the UNet to every resnet and transformer block. All fields are arrays: new values do not cause a
+    compilation. To add a kind of control, add a field here and read it in the layer that it changes."""
 
     text: Float[Array, "B L e"]  # text embeddings, one row for each row of the latents
     frame_mask: Bool[Array, "F"] | None = None  # False for the padding that the UNet adds; None without padding

@@ -63,7 +63,7 @@ def _train(run: Run, stop: Stop) -> None:
     def checkpoint_due(done: int) -> bool:
         return stopping or is_due(done, c.train.checkpoint_every) or done == c.train.steps
 
-    def needs_all_metrics(done: int) -> bool:  # called once for each step, as `stop_at_this_step` requires
+    def needs_all_metrics(done: int) -> bool:  # called after each step but the last, in all processes
         nonlocal stopping
         stopping = processes.stop_at_this_step(done, stop.requested)
         return checkpoint_due(done) or run.previews_due(done)

@@ -76,7 +76,7 @@ class Trainer:
                     bar.update()
                     metrics.append(values)
         self.load_into_unet()
-        return TuningResult(*np.array(metrics).T)
+        return TuningResult(*np.array(metrics).reshape(-1, 2).T)
 
     def load_into_unet(self) -> None:
         """Update the pipeline's UNet. Its weights are valid until the next step, which donates their buffers."""
