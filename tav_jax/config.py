@@ -23,7 +23,10 @@ Remat = Literal["none", "products", "attention", "block", "level"]  # from most 
 TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
 UNET_PARTS = ("down", "mid", "up")
 DTYPES = ("bfloat16", "float16", "float32")
-SAMPLERS = {"ddim": "tav_jax.diffusion.samplers.DDIM"}  # name → class, imported on use
+SAMPLERS = {  # name → class, imported on use
+    "ddim": "tav_jax.diffusion.samplers.DDIM",
+    "dpm++2m": "tav_jax.diffusion.dpm_solver.DPMSolverPP2M",
+}
 
 MAX_SIDE = 8192  # pixels
 MAX_TEXT, MAX_LIST, MAX_PROBLEMS = 100_000, 10_000, 20  # characters of a string, items of a list, problems in one error
