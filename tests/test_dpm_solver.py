@@ -105,3 +105,17 @@ def test_20_steps_are_closer_than_50_of_ddim():
         return np.abs(np.asarray(state.latents) - exact).max()
 
     assert error(DPMSolverPP2M(), 20) < error(DDIM(), 50) / 2
+
+
+def test_sampling_in_chunks_and_with_guidance(case):
+    """Both prediction types, through the pipeline: chunks give the same trajectory, and strength starts a new loop."""
+    tav, options = case.tav, {"sampler": "dpm++2m", "guidance": 3.0, "return_trajectory": True}
+    noise = tav.invert(case.latents, steps=8)
+    whole = tav.sample("red", latents=noise, steps=4, inversion_steps=8, **options)
+    chunks = tav.sample("red", latents=noise, steps=4, inversion_steps=8, progress=lambda done: None, **options)
+    np.testing.assert_allclose(chunks.trajectory, whole.trajectory, rtol=1e-4, atol=1e-4)
+    ddim_edit = tav.sample("red", latents=noise, steps=4, inversion_steps=8, guidance=3.0)
+    assert np.abs(whole.latents - ddim_edit.latents).max() > 1e-3
+    kept = tav.sample("red", latents=noise, steps=8, strength=0.5, **options)
+    assert kept.trajectory.shape == (8, *case.latents.shape)
+    assert np.isfinite(kept.trajectory).all()

@@ -1,15 +1,15 @@
 """DPM-Solver++(2M) (arXiv 2211.01095): a second-order multistep solver on x0 predictions, deterministic.
 
-With α = √ᾱ, σ = √(1 − ᾱ) and λ = log(α/σ), a step from level s0 to level t with the x0 prediction m0 at s0 and m1 at the
-level before it, s1:
+With α = √ᾱ, σ = √(1 − ᾱ) and λ = log(α/σ), a step from timestep s0 to t, where m0 is the x0 prediction at s0 and m1 that
+at the timestep before it, s1:
 
     h = λ_t − λ_s0,  r = (λ_s0 − λ_s1) / h,  D = m0 + (m0 − m1) / (2r)
     x_t = (σ_t / σ_s0) · x − α_t · (e^−h − 1) · D
 
-The first and the last step (the last two with fewer than 15 steps) use D = m0, which is DDIM. The algebra below avoids
-λ and h themselves, which are infinite at ᾱ = 1.
+The first and the last step (the last two with fewer than 15 steps) use D = m0, which is a DDIM step.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ def log_snr(alpha: Float[Array, ""]) -> Float[Array, ""]:
     return 0.5 * (jnp.log(alpha) - jnp.log1p(-alpha))
 
 
-class DPMSolverPP2M(NamedTuple):
+@dataclass(frozen=True)
+class DPMSolverPP2M:
     def init(self, latents: Float[Array, "B F h w c"]) -> DPMSolverState:
         return DPMSolverState(latents, jnp.zeros_like(latents), jnp.float32(0))
 
@@ -43,7 +44,7 @@ class DPMSolverPP2M(NamedTuple):
         total = step.step + step.remaining + 1
         last = step.remaining < jnp.where(total < LOWER_ORDER_BELOW, 2, 1)
         first_order = (step.step == 0) | last
-        # h and 1/r at first-order steps are replaced by finite values: they are not used there, and may be infinite.
+        # λ is infinite at ᾱ = 1, which only a first-order step can reach: there, h is replaced by 0 and not used.
         h = log_snr(jnp.where(first_order, step.alpha, step.next_alpha)) - lam
         inverse_r = jnp.where(first_order, 0.0, h / jnp.where(first_order, 1.0, lam - state.previous_lambda))
         correction = (x0 - state.previous_x0) * inverse_r / 2  # D − m0
