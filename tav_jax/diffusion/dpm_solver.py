@@ -1,7 +1,7 @@
 """DPM-Solver++(2M) (arXiv 2211.01095): a second-order multistep solver on x0 predictions, deterministic.
 
-With α = √ᾱ, σ = √(1 − ᾱ) and λ = log(α/σ), a step from timestep s0 to t, where m0 is the x0 prediction at s0 and m1 that
-at the timestep before it, s1:
+With α = √ᾱ, σ = √(1 − ᾱ) and λ = log(α/σ), a step from timestep s0 to t, with the x0 predictions m0 at s0 and m1 at
+the timestep before it, s1:
 
     h = λ_t − λ_s0,  r = (λ_s0 − λ_s1) / h,  D = m0 + (m0 − m1) / (2r)
     x_t = (σ_t / σ_s0) · x − α_t · (e^−h − 1) · D
