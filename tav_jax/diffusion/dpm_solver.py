@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tav_jax.diffusion.schedule import Prediction, Steps, ddim_step, predicted_x0_and_noise
+from tav_jax.diffusion.schedule import Alpha, Prediction, Steps, ddim_step, predicted_x0_and_noise
 
 LOWER_ORDER_BELOW = 15  # steps
 
@@ -26,7 +26,7 @@ class DPMSolverState(NamedTuple):
     previous_lambda: Float[Array, ""]
 
 
-def log_snr(alpha: Float[Array, ""]) -> Float[Array, ""]:
+def log_snr(alpha: Alpha) -> Float[Array, ""]:
     """λ = log(√ᾱ / √(1 − ᾱ))"""
     return 0.5 * (jnp.log(alpha) - jnp.log1p(-alpha))
 
@@ -51,4 +51,4 @@ class DPMSolverPP2M:
         # x_t = (σ_t/σ_s0)·x − α_t(e^−h − 1)·m0 is the DDIM step; the same factor multiplies the correction.
         factor = -jnp.sqrt(step.next_alpha) * jnp.expm1(-h)
         latents = ddim_step(state.latents, model_output, step.alpha, step.next_alpha, prediction)
-        return DPMSolverState(latents + factor * correction, x0, lam)
+        return DPMSolverState(latents + factor * correction, jnp.asarray(x0), lam)

@@ -140,7 +140,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
 def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingError(
             f"{files[0]} is a torch file and torch is not installed. Use the safetensors files of the same model, or "
