@@ -15,6 +15,8 @@ from conftest import REFERENCE
 from tav_jax import Clip, TuneAVideo, load_video
 from tav_jax.io.video import GAP, Audio
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 RATE = 16000
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 

@@ -26,6 +26,8 @@ from tav_jax.demo.world import all_scenes
 from tav_jax.distributed import compilation_cache
 from tav_jax.io.video import Edit
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 MIN_ACCURACY, MAX_ERROR = 0.85, 2.0  # a quarter of the default steps reaches 0.94 and 1.2 pixels
 
 

@@ -30,6 +30,8 @@ from tav_jax.training.checkpoint import Checkpoints
 from tav_jax.training.run import publish_video
 from tav_jax.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}

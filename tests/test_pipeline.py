@@ -15,6 +15,8 @@ from tav_jax.diffusion.samplers import DDIM
 from tav_jax.distributed import memory
 from tav_jax.errors import OutOfMemoryError
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 
 @pytest.fixture
 def clip(sd1) -> Clip:

@@ -21,6 +21,8 @@ from tav_jax import Clip, InputError, TuneAVideo
 from tav_jax.distributed import processes
 from tav_jax.io import weights
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 WORKER = str(Path(__file__).parent / "processes_worker.py")
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 

@@ -6,6 +6,8 @@ import pytest
 from conftest import channels_last, difference
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 TEXTS = ("prompt", "edit", "empty", "long")
 
 

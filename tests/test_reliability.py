@@ -30,6 +30,8 @@ from tav_jax.training.preemption import Stop
 from tav_jax.training.run import Run
 from tav_jax.training.run_directory import HOST, LOCK, RunDirectory
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 MODEL = REFERENCE / "sd1/model"
 
 

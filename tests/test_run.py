@@ -21,6 +21,8 @@ from tav_jax.training.run import Run, sampling_options
 from tav_jax.training.run_directory import RunDirectory
 from tav_jax.training.train_step import StepMetrics, TrainState, run_steps
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 
 def steps_logged(directory) -> list[int]:
     return [step for step, _ in logged(directory)]

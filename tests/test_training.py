@@ -19,6 +19,8 @@ from tav_jax.models import Conditioning, UNet, UNetConfig
 from tav_jax.training import train_step
 from tav_jax.training.train_step import Hyperparameters, TrainExample, TrainState, check_trainable, trainable_filter
 
+pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
+
 NAMES = CHOICES["train.remat"]
 SMALL = UNetConfig(
     block_out_channels=(8, 16),
