@@ -189,7 +189,8 @@ def test_values_are_exchanged_in_order_whatever_else_connects_to_the_port():
 def test_processes_at_different_exchanges_are_named():
     for status, _, errors in Processes(2).start_all(WORKER, "diverge").results(120):
         assert status == 1
-        assert errors == "tav: process 1 is at “inverting” while process 0 is at “sampling”\n"
+        message = "process 1 is at “inverting” while process 0 is at “sampling”; all must make the same calls"
+        assert errors == f"tav: {message}\n"
 
 
 @pytest.mark.slow
