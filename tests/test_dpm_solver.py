@@ -107,6 +107,7 @@ def test_20_steps_are_closer_than_50_of_ddim():
     assert error(DPMSolverPP2M(), 20) < error(DDIM(), 50) / 2
 
 
+@pytest.mark.slow
 def test_sampling_in_chunks_and_with_guidance(case):
     """Both prediction types, through the pipeline: chunks give the same trajectory, and strength starts a new loop."""
     tav, options = case.tav, {"sampler": "dpm++2m", "guidance": 3.0, "return_trajectory": True}

@@ -47,6 +47,7 @@ def small(tmp_path_factory):
 
 
 @with_libtpu
+@pytest.mark.slow
 def test_memory_of_tuning_on_one_chip(small, tmp_path):
     options = ("--topology=v5e-1", "--json", "--function=tune", f"--cache={tmp_path}/reports")
     done = tav_plan(small, tmp_path, *options)

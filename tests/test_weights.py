@@ -183,6 +183,7 @@ def make_2d(model) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_inflated_2d_unet_gives_the_same_output(model, sd1):
     make_2d(model)
     tav = load(model)
@@ -204,6 +205,7 @@ def test_an_inflated_2d_unet_gives_the_same_output(model, sd1):
     assert json.loads((model / "unet/config.json").read_text())["_class_name"] == "UNet2DConditionModel"
 
 
+@pytest.mark.slow
 def test_diffusers_opens_a_saved_pipeline(model, sd1, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers on CPU torch, is not installed")
     torch = pytest.importorskip("torch", reason="the oracle, CPU torch, is not installed")
