@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tav_jax.errors import InputError, MissingError, TavError
-from tav_jax.io import decoding, video
+from tav_jax.io import decoding, tone_mapping, video
 from tav_jax.io.video import Audio, Clip, load_video
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 170, 60), (30, 40, 210), (128, 128, 128)
@@ -327,6 +327,22 @@ ROTATIONS = {  # clockwise, in degrees: display matrix and the colors of the cor
 }
 
 
+SIGNS = list(itertools.product((-1, 1), repeat=2))
+
+
+@pytest.mark.parametrize("matrix", [(x, 0, 0, y) for x, y in SIGNS] + [(0, x, y, 0) for x, y in SIGNS])
+def test_every_display_matrix(tmp_path, matrix):
+    """All rotations and reflections: each color is where the matrix shows it."""
+    path = set_display_matrix(write(tmp_path / "a.mp4", [quarters(64, 96)] * 2), matrix)
+    a, b, c, d = matrix
+    shown = {}
+    for x, y, color in ((-1, -1, RED), (1, -1, GREEN), (-1, 1, BLUE), (1, 1, GREY)):
+        shown[b * x + d * y, a * x + c * y] = color  # keys in the order of `corners`
+    frames = load_video(path).frames
+    assert frames.shape == (2, *((64, 96) if a else (96, 64)), 3)
+    assert corners(frames[0]) == [shown[key] for key in sorted(shown)]
+
+
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_rotated_video_is_loaded_upright(tmp_path, rotation):
     matrix, expected = ROTATIONS[rotation]
@@ -517,6 +533,81 @@ def test_colors_follow_the_tags_of_the_file(tmp_path, aspect, tag, full):
         assert abs(frames.astype(int) - color).max() <= 3
 
 
+BT2020 = np.array([[0.627404, 0.329283, 0.043313], [0.069097, 0.919541, 0.011362], [0.016391, 0.088013, 0.895595]])
+
+
+def pq(light) -> np.ndarray:
+    """The PQ signal of light in cd/m² (BT.2100, table 4)."""
+    y = (np.asarray(light, float) / 10_000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def hlg(light) -> np.ndarray:
+    """The HLG signal with which a display with a peak of 1000 cd/m² shows this RGB (BT.2100, table 5)."""
+    light = np.asarray(light, float) / 1000
+    luminance = light @ [0.2627, 0.6780, 0.0593]
+    scene = light / luminance ** (1 - 1 / 1.2) if luminance else light
+    high = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), high)
+
+
+def write_hdr(path: Path, signals, transfer: int, colorspace: int = 9) -> Path:
+    """10 bits, BT.2020 non-constant luminance, one frame of one color for each R'G'B' signal."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, colorspace, 1
+        for red, green, blue in signals:
+            y = 0.2627 * red + 0.6780 * green + 0.0593 * blue
+            planes = (876 * y + 64, 896 * (blue - y) / 1.8814 + 512, 896 * (red - y) / 1.4746 + 512)
+            frame = av.VideoFrame(64, 64, "yuv420p10le")
+            for plane, value in zip(frame.planes, planes, strict=True):
+                plane.update(np.full(plane.buffer_size // 2, round(value), np.uint16).tobytes())
+            frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range = transfer, 9, colorspace, 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+# Linear BT.709 in units of reference white (203 cd/m²) and the 8-bit signal after tone mapping.
+HDR_COLORS = [
+    ((0.0, 0.0, 0.0), (0, 0, 0)),
+    ((0.18, 0.18, 0.18), (125, 125, 125)),  # 255 · 0.18^(1/2.4)
+    ((0.5, 0.5, 0.5), (191, 191, 191)),  # the knee: 255 · 0.5^(1/2.4)
+    ((1.0, 1.0, 1.0), (227, 227, 227)),  # 0.5 + 0.5 · 1 · (1 + 1/8.852²)/2 = 0.753
+    ((2.0, 2.0, 2.0), (243, 243, 243)),  # 0.5 + 0.5 · 3 · (1 + 3/8.852²)/4 = 0.889
+    ((1000 / 203,) * 3, (255, 255, 255)),
+    ((0.4, 0.0, 0.0), (174, 0, 0)),  # the primaries of BT.709
+    ((0.0, 0.4, 0.0), (0, 174, 0)),
+    ((0.0, 0.0, 0.4), (0, 0, 174)),
+    ((2.0, 0.5, 0.125), (243, 136, 77)),  # all three are multiplied by 0.889/2
+]
+
+
+@pytest.mark.parametrize(("transfer", "name", "signal"), [(16, "PQ", pq), (18, "HLG", hlg)])
+@pytest.mark.parametrize("colorspace", [9, 2])
+def test_hdr_is_tone_mapped(tmp_path, transfer, name, signal, colorspace):
+    signals = [signal(203 * BT2020 @ color) for color, _ in HDR_COLORS]
+    path = write_hdr(tmp_path / "phone.mp4", signals, transfer, colorspace)
+    with pytest.warns(UserWarning, match=rf"phone.mp4 is an HDR video \({name}\); its colors were tone mapped to SDR"):
+        frames = load_video(path).frames
+    for frame, (color, expected) in zip(frames, HDR_COLORS, strict=True):
+        # A step of 10 bits of a bright primary is 0.1 % of the light of the others: 255 · 0.001^(1/2.4) = 14.
+        tolerance = [3 if value else 14 for value in expected]
+        assert (abs(frame.astype(int) - expected).max((0, 1)) <= tolerance).all(), (color, frame[0, 0], expected)
+
+
+def test_tone_curve():
+    light = np.linspace(0, tone_mapping.PEAK / tone_mapping.REFERENCE_WHITE, 1000)
+    curve = tone_mapping.tone_curve(light)
+    slope = np.diff(curve) / np.diff(light)
+    assert curve[-1] == pytest.approx(1)
+    assert (slope > 0).all()
+    assert (np.diff(slope) <= 1e-6).all()  # no jump of the slope, at the knee or elsewhere
+    assert abs(np.diff(slope)).max() < 0.02
+
+
 # ------------------------------------------------------------------------------------------------ directories of images
 
 
@@ -547,6 +638,85 @@ def test_images_of_several_kinds(tmp_path):
     assert frames.shape == (5, 64, 96, 3)
     for frame in frames:
         assert abs(frame.astype(int) - image).mean() < 2
+
+
+def test_image_types_keep_their_brightness(tmp_path):
+    """Each image is a ramp from black to white in another type; transparent parts are white."""
+    ramp = np.tile(np.arange(0, 256, 4, np.uint8), (8, 1))  # [8, 64]
+    grey = Image.fromarray(ramp)
+    rgb = Image.merge("RGB", [grey] * 3)
+    half = Image.fromarray(np.repeat(np.repeat([[0, 255]], 8, 0), 32, 1).astype(np.uint8))  # opacity
+    images = {
+        "8.png": grey,
+        "16.png": Image.fromarray(ramp.astype(np.uint16) * 257),
+        "16.tif": Image.fromarray(ramp.astype(np.uint16) * 257),
+        "float.tif": Image.fromarray(ramp.astype(np.float32) / 255),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "cmyk.tif": rgb.convert("CMYK"),
+        "palette.png": grey.convert("P"),
+        "alpha.png": Image.merge("LA", [grey, half]),
+        "alpha.webp": Image.merge("RGBA", [grey, grey, grey, half]),
+    }
+    for name, image in images.items():
+        image.save(tmp_path / name, **({"lossless": True} if "webp" in name else {"quality": 100}))
+        expected = np.repeat(ramp[..., None], 3, -1).astype(int)
+        if "alpha" in name:
+            expected[:, :32] = 255
+        frame = load_video(tmp_path / name).frames[0]
+        assert abs(frame - expected).max() <= (3 if name == "cmyk.jpg" else 0), name
+
+
+def test_images_that_are_neither_8_nor_16_bits(tmp_path):
+    ramp = np.tile(np.arange(64), (8, 1))
+    cases = {"float.tif": ramp.astype(np.float32), "nan.tif": np.full((8, 8), np.nan, np.float32)}
+    for name, image in cases.items():
+        Image.fromarray(image).save(tmp_path / name)
+        message = error_message(InputError, tmp_path / name)
+        assert re.search(r"has floating-point values, from \S+ to \S+, and images of this type must be", message)
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "32.tif")
+    message = error_message(InputError, tmp_path / "32.tif")
+    assert "32.tif has integers of 32 bits, from 0 to 63, and at most 16 are supported; convert it to 8 bits" in message
+
+
+def test_percent_sign_in_the_name_of_an_image(tmp_path):
+    for name, number in (("s%03d.png", 3), ("s001.png", 1), ("s002.png", 2)):
+        Image.fromarray(numbered(number)).save(tmp_path / name)
+    (tmp_path / "s%03d.mp4").write_bytes((tmp_path / "s%03d.png").read_bytes())
+    assert numbers(load_video(tmp_path / "s%03d.png").frames) == [3]
+    assert numbers(load_video(tmp_path / "s%03d.mp4").frames) == [3]  # read by FFmpeg
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png"])
+@pytest.mark.parametrize(
+    ("durations", "expected", "fps"),
+    [
+        ([100] * 6, [0, 1, 2, 3, 4, 5], 10),
+        ([100, 100, 300, 100, 100, 100], [0, 1, 2, 2, 2, 3, 4, 5], 10),
+        ([33, 33, 34, 33, 33, 34], [0, 1, 2, 3, 4, 5], 30),
+        ([0] * 6, [0, 1, 2, 3, 4, 5], 10),  # as browsers show it
+    ],
+)
+def test_animated_images(tmp_path, name, durations, expected, fps):
+    images = [Image.fromarray(frame) for frame in numbered_frames(6)]
+    options = {"lossless": True} if name == "a.webp" else {}
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=durations, **options)
+    clip = load_video(tmp_path / name)
+    assert clip.fps == pytest.approx(fps, rel=1e-3)
+    assert numbers(clip.frames) == expected
+    assert numbers(load_video(tmp_path / name, frames=2, start=1, stride=2, fps=4.0).frames) == expected[1:4:2]
+
+
+def test_png_whose_first_image_is_not_part_of_its_animation(tmp_path):
+    images = [Image.fromarray(frame) for frame in numbered_frames(4)]
+    images[0].save(tmp_path / "a.png", save_all=True, append_images=images[1:], duration=100, default_image=True)
+    assert numbers(load_video(tmp_path / "a.png").frames) == [1, 2, 3]
+
+
+def test_truncated_animation(tmp_path):
+    images = [Image.fromarray(frame) for frame in NOISE.frames]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=100)
+    truncate(tmp_path / "a.webp", 0.5)
+    assert "a.webp is not a readable image" in error_message(InputError, tmp_path / "a.webp")
 
 
 def test_images_of_different_sizes_need_a_size(tmp_path):

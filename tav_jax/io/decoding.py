@@ -1,11 +1,10 @@
-"""Decode clips: a directory of images, or any video file that FFmpeg reads.
+"""Decode video files of any format that FFmpeg reads.
 
 A file with a variable frame rate is resampled to a constant one, which keeps its timing. Frames are uint8 RGB
-`[H, W, 3]` with square pixels, rotated upright. Decoding stops at the first damaged frame; `damage` is the cause.
+`[H, W, 3]` with square pixels, upright, in SDR. Decoding stops at the first damaged frame; `damage` is the cause.
 """
 
 import math
-import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,24 +17,37 @@ import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tav_jax.errors import InputError
+from tav_jax.io import tone_mapping
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# Checked against the content. Pillow supports more formats, and runs external programs for some of them.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-# FFmpeg formats that render text, read devices, synthesize signals or refer to other files.
+# FFmpeg formats that render text, read devices, synthesize signals or refer to other files, which a pattern in the
+# name does for image2.
 EXCLUDED_FORMATS = {
     *("tty", "bin", "xbin", "adf", "idf", "lavfi", "alsa", "fbdev", "kmsgrab", "oss", "video4linux2,v4l2"),
-    *("concat", "hls", "dash", "hds", "smoothstreaming", "webm_dash_manifest", "rtp", "rtsp", "sap", "sdp"),
+    *(
+        "image2",
+        "alias_pix",
+        "brender_pix",
+        "concat",
+        "hls",
+        "dash",
+        "hds",
+        "smoothstreaming",
+        "webm_dash_manifest",
+        "rtp",
+        "rtsp",
+        "sap",
+        "sdp",
+    ),
 }
 ALLOWED_FORMATS = ",".join(sorted(av.formats_available - EXCLUDED_FORMATS))
-DIRECTORY_FPS = 8.0  # default for a directory of images, which has no frame rate
 MIN_FPS, MAX_FPS = Fraction(1, 100), 1000  # of a clip; rates outside of it in a file are ignored
 MAX_FRAME_SIDE = 16384  # pixels, the limit of H.264
 MAX_PIXELS = 1 << 26  # per frame, twice as many as in 8K video
 MAX_PIXEL_ASPECT = 16  # a sample aspect ratio beyond 1:16 or 16:1 is ignored as an error in the file
+UNSPECIFIED = 2  # of FFmpeg's color tags
 SAMPLE_RATES = range(8000, 192_001)  # Hz; audio with any other rate is resampled to 48 kHz
 MAX_AUDIO_BYTES = 2 << 30  # 23 minutes at the highest sample rate
 # For each decoded frame in display order: the clip's first frame index after it, and a function that converts it to
@@ -59,48 +71,11 @@ def check_frame_size(path: Path, height: int, width: int) -> None:
         raise InputError(f"{path} is {height}×{width} pixels, more than {limit}; use a smaller one")
 
 
-class ImageDirectory:
-    """A directory of images, one per frame, in the order of the numbers in their names."""
-
-    damage = ""
-
-    def __init__(self, path: Path, fps: float | None):
-        self.fps = Fraction(fps or DIRECTORY_FPS).limit_denominator(100_000)
-        files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
-        self.files = sorted((file for file in files if file.is_file()), key=_natural_order)
-        if not self.files:
-            raise InputError(f"{path} has no images; expected files such as 0001.png ({', '.join(IMAGE_SUFFIXES)})")
-
-    def frames(self) -> FrameIterator:
-        for index, file in enumerate(self.files):
-            yield index + 1, partial(_read_image, file)
-
-    def audio(self, begin: Fraction, end: Fraction) -> None:
-        return None
-
-
-def _natural_order(file: Path) -> tuple:
-    """A sort key that puts `2.png` before `10.png`: the name split into alternating text and numbers."""
-    parts = re.split(r"(\d+)", file.name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
-
-
-def _read_image(file: Path) -> UInt8[np.ndarray, "H W 3"]:
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            check_frame_size(file, image.height, image.width)
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many exception types for damaged files
-        raise InputError(f"{file} is not a readable image ({reason(error)}); replace or remove it") from error
-
-
 class VideoFile:
     """A video file, resampled to `native_fps` and played at `fps`, which is the same unless the caller changes it."""
 
     def __init__(self, path: Path, fps: float | None):
-        self.path, self.damage = path, ""
+        self.path, self.damage, self.note = path, "", ""
         self.begin = Fraction(0)  # timestamp of the first frame in seconds; audio timestamps use the same clock
         with _open(path) as (container, stream):
             self.native_fps = _constant_rate(container, stream)
@@ -112,6 +87,8 @@ class VideoFile:
             aspect = stream.sample_aspect_ratio or 1  # width ÷ height of a pixel
             pixel_aspect = Fraction(aspect if Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT else 1)
             for count, frame in enumerate(self._decode(container, stream)):
+                if transfer := tone_mapping.TRANSFERS.get(frame.color_trc):
+                    self.note = f"is an HDR video ({transfer}); its colors were tone mapped to SDR"
                 time = count / self.native_fps if frame.pts is None else frame.pts * stream.time_base
                 if previous is None:
                     self.begin = time
@@ -254,13 +231,31 @@ def _truncation(container, packet, end_time: Fraction) -> str:
 
 
 def _to_rgb(path: Path, frame: av.VideoFrame, pixel_aspect: Fraction) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB with square pixels, rotated upright. The stored width is scaled by the pixel aspect, before the rotation."""
+    """RGB with square pixels, upright. The stored width is scaled by the pixel aspect, before the rotation."""
     width = max(1, round(frame.width * pixel_aspect))
     check_frame_size(path, frame.height, width)
-    image = frame.to_ndarray(format="rgb24")
+    if transfer := tone_mapping.TRANSFERS.get(frame.color_trc):
+        matrix = "BT2020" if frame.colorspace == UNSPECIFIED else None  # without a tag, FFmpeg assumes BT.601
+        image = tone_mapping.to_sdr(frame.to_ndarray(format="rgb48le", src_colorspace=matrix), transfer)
+    else:
+        image = frame.to_ndarray(format="rgb24")
     if width != frame.width:
         image = np.asarray(Image.fromarray(image).resize((width, frame.height), Image.Resampling.BICUBIC))
-    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+    return np.ascontiguousarray(_upright(image, frame))
+
+
+def _upright(image: UInt8[np.ndarray, "h w 3"], frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    """Apply the nearest of the eight rotations and reflections to the display matrix of the frame.
+
+    The matrix shows the point (x, y), y down, at (a·x + c·y, b·x + d·y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")  # pyright: ignore[reportAttributeAccessIssue]
+    if matrix is None:
+        return image
+    a, b, _, c, d = (int(value) for value in np.frombuffer(matrix, np.int32)[:5])
+    if abs(b) + abs(c) > abs(a) + abs(d):  # the axes are exchanged
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def reason(error: Exception) -> str:

@@ -1,12 +1,14 @@
 """Clips: load frames and audio from a video, save them as MP4 or GIF, and put several clips side by side.
 
-Frames are uint8 RGB `[F, H, W, 3]`, upright, with square pixels, in display order. `decoding.py` reads the files.
+Frames are uint8 RGB `[F, H, W, 3]`, upright, with square pixels, in display order. Read by
+`decoding.py` and `images.py`.
 """
 
 import errno
 import os
 import tempfile
 import uuid
+import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from tav_jax.config import check_choice, check_size
 from tav_jax.distributed import processes
 from tav_jax.errors import InputError, MissingError, short_repr
 from tav_jax.io import decoding
-from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, ImageDirectory, VideoFile
+from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, VideoFile
+from tav_jax.io.images import ImageDirectory, ImageFile, is_image
 
 MAX_BYTES = 4 << 30  # of all selected frames
 MAX_FRAMES = 100_000
@@ -114,7 +117,8 @@ def load_video(
             local = _download(str(path), Path(scratch))
             return load_video(local, frames=frames, size=size, start=start, stride=stride, fit=fit, fps=fps)
     path = _check_path(path)
-    source = ImageDirectory(path, fps) if path.is_dir() else VideoFile(path, fps)
+    kind = ImageDirectory if path.is_dir() else ImageFile if is_image(path) else VideoFile
+    source = kind(path, fps)
     if source.fps / stride < MIN_FPS:
         raise InputError(
             f"{path} has {float(source.fps):.3g} frames per second, so stride={stride} gives less than one in "
@@ -149,6 +153,8 @@ def load_video(
             f"{path} is damaged after frame {available - 1} ({source.damage}); "
             f"use a complete file, or frames={len(selected)} to load the frames before the damage"
         )
+    if source.note:
+        warnings.warn(f"{path.name} {source.note}", stacklevel=2)
     audio = source.audio(start / source.fps, (start + len(selected) * stride) / source.fps)
     return Clip(np.stack(selected), float(source.fps / stride), audio)
 
