@@ -14,8 +14,9 @@ from PIL import Image
 from tav_jax import config
 from tav_jax.cli import edit
 from tav_jax.errors import InputError, TavError, join_names, short_repr
+from tav_jax.io.caption import caption
 from tav_jax.io.diffusers_layout import text_config, unet_config, vae_config
-from tav_jax.io.video import caption, load_video
+from tav_jax.io.video import load_video
 from tav_jax.training import run_directory
 from tav_jax.training.run_directory import RunDirectory, file_names
 

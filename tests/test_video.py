@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from tav_jax.errors import InputError, MissingError, TavError
-from tav_jax.io import decoding, tone_mapping, video
-from tav_jax.io.video import Audio, Clip, load_video
+from tav_jax.io import caption, decoding, tone_mapping, video
+from tav_jax.io.video import Audio, Clip, Edit, load_video, side_by_side
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 170, 60), (30, 40, 210), (128, 128, 128)
 # With two B-frames, two of three frames are stored out of display order.
@@ -1026,6 +1026,81 @@ def test_saved_file_has_the_default_permissions(tmp_path):
     (tmp_path / "plain").touch()
     for name in ("out.mp4", "out.gif"):
         assert NOISE.save(tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """A function that replaces the fonts of this machine. Matplotlib's DejaVu Sans is always there."""
+    from matplotlib import font_manager
+
+    def replace(*paths: Path) -> None:
+        for cached in (caption._font_files, caption._font_path, caption._load):
+            cached.cache_clear()
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(path) for path in paths])
+
+    yield replace
+    monkeypatch.undo()
+    replace()
+    caption._font_files.cache_clear()
+
+
+def make_font(path: Path, characters: str) -> Path:
+    """A font in which each of the characters is a black square as high as the line."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(char): "square" for char in characters})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=1000, descent=0)
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+def test_captions_use_a_font_that_has_their_characters(tmp_path, fonts):
+    fonts()
+    drawn = [caption.caption(text, 256) for text in ("ж", "ф", "é", "ש", "中", "国", "🐼")]
+    same = [np.array_equal(a, b) for a, b in itertools.combinations(drawn, 2)]
+    assert same.count(True) == 3  # of the last three, which are boxes
+    assert [caption.missing_characters(text) for text in ("é ж שלום\u200d ☀\ufe0f", "中国\u3000中", "a 🐼")] == [
+        "",
+        "中国",
+        "🐼",
+    ]
+    fonts(make_font(tmp_path / "LastResort.ttf", "中国"), make_font(tmp_path / "cjk.ttf", "中国"))
+    assert not caption.missing_characters("中国")
+    square = caption.caption("中", 256)
+    size = 256 // 20
+    assert (square == 0).sum() == pytest.approx(3 * size**2, rel=0.15)
+    long = caption.caption("中" * 30, 256)  # wrapped between any two characters
+    assert (long == 0).sum() == pytest.approx(30 * 3 * size**2, rel=0.15)
+    assert (tmp_path / "broken.ttf").write_bytes(b"no font")
+    fonts(tmp_path / "broken.ttf", tmp_path / "missing.ttf")
+    assert caption.missing_characters("中国") == "中国"
+
+
+def test_prompt_that_no_font_can_show_is_numbered(fonts):
+    fonts()
+    source = Clip(NOISE.frames[:2], 8.0)
+    edits = [Edit(source.frames, 8.0, prompt=prompt) for prompt in ("a cat", "一只猫")]
+    message = (
+        "'一只猫' has the caption 'prompt 2' in the video, because no font on this machine has '一只猫'; install one"
+    )
+    with pytest.warns(UserWarning, match=message):
+        video = side_by_side(source, edits, "a dog")
+    edits[1] = Edit(source.frames, 8.0, prompt="prompt 2")
+    np.testing.assert_array_equal(video.frames, side_by_side(source, edits, "a dog").frames)
 
 
 # -------------------------------------------------------------------------------------------------------- invalid input

@@ -21,12 +21,13 @@ import av
 import imageio.v3 as iio
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from tav_jax.config import check_choice, check_size
 from tav_jax.distributed import processes
 from tav_jax.errors import InputError, MissingError, short_repr
 from tav_jax.io import decoding
+from tav_jax.io.caption import caption_prompts
 from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, VideoFile
 from tav_jax.io.images import ImageDirectory, ImageFile, is_image
 
@@ -317,7 +318,7 @@ def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:
     """One clip with the source and the edits in columns, each below its prompt."""
     columns = [(prompt or "source", source.frames), *((e.prompt or "(empty prompt)", e.frames) for e in edits)]
     height, width = source.frames.shape[1:3]
-    captions = [caption(text, width) for text, _ in columns]
+    captions = caption_prompts([text for text, _ in columns], width)
     top = max(image.shape[0] for image in captions)
     step = width + GAP
     canvas = np.full((len(source.frames), top + height, step * len(columns) - GAP, 3), 255, np.uint8)
@@ -326,23 +327,3 @@ def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:
         canvas[:, : text.shape[0], column] = text
         canvas[:, top:, column] = frames
     return Clip(canvas, source.fps, source.audio)
-
-
-def caption(text: str, width: int, lines: int = 4) -> UInt8[np.ndarray, "h w 3"]:
-    """An image of black text on white, wrapped to the width and truncated after some lines."""
-    font = ImageFont.load_default(max(9, width // 20))
-    words, rows = " ".join(text.split()).split(" "), [""]
-    for word in words:
-        longer = f"{rows[-1]} {word}".strip()
-        if font.getlength(longer) <= width - 8 or not rows[-1]:
-            rows[-1] = longer
-        else:
-            rows.append(word)
-    if len(rows) > lines:
-        rows = [*rows[: lines - 1], rows[lines - 1] + " …"]
-    line_height = font.size + 4  # pyright: ignore[reportAttributeAccessIssue]
-    image = Image.new("RGB", (width, int(line_height * len(rows)) + 8), "white")
-    draw = ImageDraw.Draw(image)
-    for i, row in enumerate(rows):
-        draw.text((4, 4 + i * line_height), row, fill="black", font=font)
-    return np.asarray(image)
