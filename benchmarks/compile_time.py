@@ -1,6 +1,6 @@
 """Compile times of the UNet's building blocks, each compiled by itself with the TPU compiler.
 
-    pip install libtpu
+    pip install --target="$VIRTUAL_ENV/tpu-compiler" libtpu
     python benchmarks/compile_time.py > benchmarks/compile_time.md
 
 Processor seconds and bytes of code. Chains of equal convolutions and blocks show whether the compiler reuses what it
@@ -8,15 +8,14 @@ has compiled before. Blocks are compiled with their gradient and recomputed for 
 step. Attention of few tokens (16²) is plain XLA, as in the UNet.
 """
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tav_jax.plan import ENVIRONMENT
+from tav_jax.plan import prepare_environment
 
-os.environ |= ENVIRONMENT
+prepare_environment()
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """The attention kernels compiled with the TPU compiler: memory, FLOPs and bytes moved, without a TPU.
 
-    pip install libtpu
+    pip install --target="$VIRTUAL_ENV/tpu-compiler" libtpu
     python benchmarks/kernels.py --topologies v5e:1x1 v6e:1x1 v5:2x2x1 > kernels.md
 
 Temporaries are the compiler's. FLOPs and bytes are computed from the kernels' algorithms, because the compiler does not
@@ -10,15 +10,14 @@ analyse kernels: every matrix product, and every block that a grid reads or writ
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tav_jax.plan import ENVIRONMENT
+from tav_jax.plan import prepare_environment
 
-os.environ |= ENVIRONMENT
+prepare_environment()
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Memory and time over frames and topologies, by the TPU compiler: a table and a plot for each program.
 
-    pip install libtpu
+    pip install --target="$VIRTUAL_ENV/tpu-compiler" libtpu
     python benchmarks/plan_sweep.py --topology=v5e-4 --topology=v5e-8 --frames=8,16,24,32 --config.model.path=sd1
 
 Of each topology the fewest and the most frames are compiled, and the points between are interpolated: a program's

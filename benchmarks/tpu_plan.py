@@ -1,6 +1,6 @@
 """Stable Diffusion's programs at full size, compiled with the TPU compiler, without a TPU.
 
-    pip install libtpu
+    pip install --target="$VIRTUAL_ENV/tpu-compiler" libtpu
     python benchmarks/tpu_plan.py            # compiles what is missing in benchmarks/plans/, and prints the table
     python benchmarks/tpu_plan.py --table    # prints the table of the existing plans
 

@@ -1,6 +1,6 @@
 """The jeep clip of the paper: data/car-turn.mp4 of github.com/showlab/Tune-A-Video, with Stable Diffusion 1.4.
 
-    tav train --config=configs/car_turn.py --workdir=runs/car-turn
+    tav train --config=car_turn --workdir=runs/car-turn
 
 Cost: that of configs/man_skiing.py. Not measured on a GPU or TPU.
 Result: four previews in runs/car-turn/previews/step_000500, in which a car turns as in the clip, in the place

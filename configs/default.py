@@ -1,6 +1,6 @@
 """Any clip, with the paper's settings: Stable Diffusion 1.4, 24 frames of 512², 500 steps.
 
-    tav train --config=configs/default.py --workdir=runs/mine \
+    tav train --config=default --workdir=runs/mine \
         --config.clip.path=mine.mp4 --config.clip.prompt="a man is skiing"
 
 Cost: 4.2 GB per chip on a v5e-8 for tuning, according to the TPU compiler (benchmarks/TPU_PLAN.md). A checkpoint

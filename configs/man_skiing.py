@@ -1,6 +1,6 @@
 """The skiing clip of the paper: data/man-skiing.mp4 of github.com/showlab/Tune-A-Video, with Stable Diffusion 1.4.
 
-    tav train --config=configs/man_skiing.py --workdir=runs/man-skiing
+    tav train --config=man_skiing --workdir=runs/man-skiing
 
 Cost: that of configs/default.py and, every 100 steps, an inversion and four previews of 50 steps each. Not measured on
 a GPU or TPU.

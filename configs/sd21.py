@@ -1,6 +1,6 @@
 """Stable Diffusion 2.1, which uses v-prediction and was trained at 768²: 24 frames of 768², 500 steps.
 
-    tav train --config=configs/sd21.py --workdir=runs/sd21 \
+    tav train --config=sd21 --workdir=runs/sd21 \
         --config.clip.path=mine.mp4 --config.clip.prompt="a man is skiing"
 
 Cost: 5.1 GB per chip on a v5e-8 for tuning and 4.0 GB for sampling, according to the TPU compiler

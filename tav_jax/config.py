@@ -6,7 +6,7 @@ anything is loaded.
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -39,34 +39,33 @@ def get_config() -> "ConfigDict":
     return ConfigDict(
         {
             "model": {
-                "path": "CompVis/stable-diffusion-v1-4",  # a directory, a hub id or a bucket path
-                "dtype": "bfloat16",  # of frozen weights and of the arithmetic; trained weights are float32
-                "spatial_attention": "sparse-causal",  # or first-frame, per-frame
+                "path": "CompVis/stable-diffusion-v1-4",
+                "dtype": "bfloat16",
+                "spatial_attention": "sparse-causal",
                 "temporal_attention": True,
-                "kernel": "auto",  # for spatial attention: auto, plain, fused, splash or cudnn
+                "kernel": "auto",
             },
             "clip": {
                 "path": "",
                 "prompt": "",
-                "frames": 24,  # 0: all
+                "frames": 24,
                 "height": 512,
                 "width": 512,
                 "start": 0,
                 "stride": 1,
-                "fit": "crop",  # or stretch, as in the official code
+                "fit": "crop",
             },
             "train": {
                 "steps": 500,
                 "learning_rate": 3e-5,
                 "weight_decay": 1e-2,
                 "max_grad_norm": 1.0,
-                # Suffixes of module names. With any of down, mid, up in the list, only in these parts of the UNet.
                 "trainable": TRAINABLE,
-                "remat": "block",  # what is kept for the backward pass, see models/remat.py
-                "checkpoint_every": 100,  # 0: only at the end
-                "keep_newest": 2,  # checkpoints
-                "keep_every": 0,  # also keep the checkpoints of steps that are multiples of this; 0: none
-                "preview_every": 100,  # sample the edit prompts from the inverted clip; 0: never
+                "remat": "block",
+                "checkpoint_every": 100,
+                "keep_newest": 2,
+                "keep_every": 0,
+                "preview_every": 100,
             },
             "edit": {
                 "prompts": (),
@@ -74,24 +73,57 @@ def get_config() -> "ConfigDict":
                 "steps": 50,
                 "sampler": "ddim",
                 "guidance": 12.5,
-                "strength": 1.0,  # the share of the sampling steps that use the prompt; less keeps more of the clip
+                "strength": 1.0,
                 "inversion_steps": 50,
             },
-            "log": {
-                "tensorboard": False,
-                "wandb": "",  # a project's name
-                "profile_step": 0,  # first step to profile; 0: none
-                "profile_steps": 3,
-            },
-            "mesh": {
-                "data": 0,  # devices that prompts and guidance rows are sharded over; 0: chosen to use all devices
-                "frames": 0,  # devices that the clip's frames are sharded over; 0: chosen to use all devices
-                "fsdp": False,  # shard trained weights and optimizer state over all devices
-            },
+            "log": {"tensorboard": False, "wandb": "", "profile_step": 0, "profile_steps": 3},
+            "mesh": {"data": 0, "frames": 0, "fsdp": False},
             "seed": 33,
         }
     )
 
+
+# What `tav train --help-config` prints beside the default; it adds CHOICES and RANGES.
+MEANINGS = {
+    "model.path": "a directory, a hub id or a bucket path",
+    "model.dtype": "dtype of the frozen weights and the computation; trained weights are float32",
+    "model.spatial_attention": "each frame attends to the first and the previous frame, to the first, or to itself",
+    "model.temporal_attention": "whether the temporal attention layers are used",
+    "model.kernel": "kernel of spatial attention",
+    "clip.path": "a video file or a directory of images, local or in a bucket",
+    "clip.prompt": "a description of the clip",
+    "clip.frames": "number of frames; 0: all",
+    "clip.height": "in pixels, a multiple of the VAE's down-sampling factor, 8 for Stable Diffusion",
+    "clip.width": "as clip.height",
+    "clip.start": "first frame",
+    "clip.stride": "distance between frames",
+    "clip.fit": "how a clip of another aspect ratio is resized; the official code stretches",
+    "train.steps": "steps of AdamW",
+    "train.learning_rate": "learning rate of AdamW, constant",
+    "train.weight_decay": "weight decay of AdamW",
+    "train.max_grad_norm": "gradients are clipped to this global norm",
+    "train.trainable": "suffixes of the trained modules' names; with down, mid or up, only in these blocks",
+    "train.remat": "rematerialization policy, in order of decreasing memory",
+    "train.checkpoint_every": "steps between checkpoints; 0: only at the end",
+    "train.keep_newest": "number of newest checkpoints to keep",
+    "train.keep_every": "checkpoints at multiples of this step are also kept; 0: none",
+    "train.preview_every": "steps between previews, which sample edit.prompts; 0: none",
+    "edit.prompts": "prompts of previews, and of `tav edit` without --prompt",
+    "edit.negative_prompt": "negative prompt of all edits",
+    "edit.steps": "sampling steps, at most edit.inversion_steps",
+    "edit.sampler": "sampler; 20 to 25 steps are usual with dpm++2m",
+    "edit.guidance": "scale of classifier-free guidance; at 1 or below only the conditional prediction is computed",
+    "edit.strength": "fraction of the sampling steps, the last ones, that use the prompt; less keeps more of the clip",
+    "edit.inversion_steps": "steps of DDIM inversion",
+    "log.tensorboard": "log to TensorBoard",
+    "log.wandb": "log to the W&B project of this name",
+    "log.profile_step": "first step that JAX's profiler records; 0: off",
+    "log.profile_steps": "number of steps that it records",
+    "mesh.data": "devices that prompts and rows of guidance are sharded over; 0: chosen to use all devices",
+    "mesh.frames": "devices that the clip's frames are sharded over; 0: chosen to use all devices",
+    "mesh.fsdp": "shard trained weights and optimizer state over all devices",
+    "seed": "seed of the run",
+}
 
 # What may differ when a run continues. With any other difference it is another run.
 MAY_CHANGE = ("train.steps", "train.preview_every", "train.remat", "edit.", "log.", "mesh.", "model.kernel")
@@ -193,14 +225,19 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) or (hasattr(value, "items") and hasattr(value, "to_dict"))
 
 
-def unknown_settings(names: Iterable[str]) -> list[str]:
-    """A message for every name that is not a setting, with the most similar setting."""
+def similar_settings(name: str, cutoff: float = 0.5) -> list[str]:
+    """The setting with the most similar name, if there is one."""
+    return difflib.get_close_matches(name[:100], dict(leaves(get_config())), n=1, cutoff=cutoff)
+
+
+def unknown_settings(names: Iterable[str], suggest: Callable[[str], list[str]] = similar_settings) -> list[str]:
+    """A message for every name that is not a setting, with the settings that are probably meant."""
     known = dict(leaves(get_config()))
     messages = []
     for name in map(str, names):
         if name not in known:
-            near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
-            messages.append(f"{join_names([name])} is not a setting{f', did you mean {near[0]}' if near else ''}")
+            near = " or ".join(suggest(name))
+            messages.append(f"{join_names([name])} is not a setting{f', did you mean {near}' if near else ''}")
     return messages
 
 
@@ -241,6 +278,8 @@ def _as_type(value: Any, default: Any) -> Any:
         return tuple(value) if valid else None
     if isinstance(default, float) and type(value) is int:
         return float(value) if abs(value) < 10**300 else None
+    if type(default) is int and type(value) is float:
+        return int(value) if abs(value) < 2**53 and value.is_integer() else None  # 1e3
     return value if type(value) is type(default) else None
 
 

@@ -3,9 +3,16 @@
 The command line prints the message and exits with `exit_code`.
 """
 
+import json
+import re
 import reprlib
+import shlex
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxtuple, _REPR.maxlist, _REPR.maxdict = 3, 8, 8, 8
@@ -30,6 +37,24 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package, from where the package itself comes: it is not on PyPI."""
+    root = Path(__file__).parents[1]
+    if (root / "pyproject.toml").is_file():  # a checkout
+        where = "." if root == Path.cwd() else root
+        return f"pip install '{where}[{extra}]'"
+    try:
+        package = metadata.distribution("tav_jax")
+    except metadata.PackageNotFoundError:
+        return f"pip install '.[{extra}]' in a clone of the repository"
+    origin = json.loads(package.read_text("direct_url.json") or "{}")
+    if (url := origin.get("url")) and (not url.startswith("file:") or Path(url2pathname(urlsplit(url).path)).exists()):
+        prefix = f"{origin['vcs_info']['vcs']}+" if "vcs_info" in origin else ""
+        return f"pip install 'tav_jax[{extra}] @ {prefix}{url}'"
+    wanted = (r.split(";")[0] for r in package.requires or () if re.search(rf"extra == ['\"]{extra}['\"]", r))
+    return f"pip install {' '.join(shlex.quote(requirement.strip()) for requirement in wanted)}"
 
 
 class TavError(Exception):

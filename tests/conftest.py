@@ -29,15 +29,13 @@ import pytest
 from tav_jax import Clip, TuneAVideo
 from tav_jax import config as configs
 from tav_jax.errors import TavError
+from tav_jax.plan import compiler_directory
 
 REFERENCE = Path(__file__).parent / "reference"
 
-# Where `install_oracle.py` has installed the TPU compiler, and the environment of a process that uses it.
-TPU_COMPILER = Path(sys.prefix) / "tpu-compiler"
-LOOKING_THERE = {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TPU_COMPILER))))}
 with_libtpu = pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu") and not (TPU_COMPILER / "libtpu").is_dir(),
-    reason="the TPU compiler is not installed: pip install libtpu",
+    not importlib.util.find_spec("libtpu") and not (compiler_directory() / "libtpu").is_dir(),
+    reason=f"the TPU compiler is not installed: pip install --target={compiler_directory()} libtpu",
 )
 
 CASES = ("sd1", "sd2")

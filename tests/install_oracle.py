@@ -4,8 +4,8 @@ On Linux a plain `torch` is the CUDA build with gigabytes of companions, so pip 
 take. Where it is not a CPU build, nothing is installed: the tests that need it skip and say so, and the stored numbers
 still run.
 
-The compiler (libtpu) goes into a folder of its own, where only the tests that compile for a TPU look: JAX would start
-it in every process that can import it, and find no TPU.
+The compiler (libtpu) goes into the folder where `tav plan` finds it: JAX would start it in every process that can
+import it, and find no TPU.
 """
 
 import json

@@ -25,7 +25,7 @@ import pytest
 from tav_jax import Clip
 from tav_jax.cli import main
 from tav_jax.cli.settings import read_config
-from tests.conftest import LOOKING_THERE, REFERENCE, with_libtpu
+from tests.conftest import REFERENCE, with_libtpu
 
 ROOT = Path(__file__).parent.parent
 README, LAUNCH_README = (ROOT / "README.md").read_text(), (ROOT / "launch/README.md").read_text()
@@ -70,8 +70,18 @@ def commands_of(program: str, *arguments: str) -> list[list[str]]:
 # --------------------------------------------------------------------------------------------- the stand-in for the hub
 
 
+RENAMED = "CompVis/old-name"  # to MODEL_ID
+UNKNOWN = 401, {"X-Error-Code": "RepoNotFound"}  # what the hub answers to a user who is not logged in
+REFUSED = {  # owner → status and headers
+    "gated": (403, {"X-Error-Code": "GatedRepo"}),
+    "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
+    "down": (503, {}),
+}
+
+
 class Hub:
-    """Serves one model repository on 127.0.0.1, with the requests that `hf download` and `snapshot_download` make."""
+    """Serves one model repository on 127.0.0.1, with the requests that `hf download` and `snapshot_download` make.
+    Other repositories are refused as on the hub."""
 
     commit = "1" * 40
 
@@ -106,6 +116,8 @@ class Hub:
 
     def respond(self, path: str, body: bool) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content of a request."""
+        if RENAMED in path:
+            return 307, {"Location": path.replace(RENAMED, MODEL_ID)}, b""
         if path == f"/api/models/{MODEL_ID}/revision/main":
             siblings = [{"rfilename": name} for name in self.files]
             return self.json({"id": MODEL_ID, "modelId": MODEL_ID, "sha": self.commit, "siblings": siblings})
@@ -121,7 +133,10 @@ class Hub:
             if body:
                 self.fetched.append(match[1])
             return 200, {"X-Repo-Commit": self.commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
-        return 404, {"X-Error-Code": "EntryNotFound" if match else "RepoNotFound"}, b""
+        if match:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        owner = path.removeprefix("/api/models").split("/")[1]
+        return *REFUSED.get(owner, UNKNOWN), b""
 
     @staticmethod
     def json(value) -> tuple[int, dict[str, str], bytes]:
@@ -172,8 +187,8 @@ def run(hub, tmp_path_factory):
     for name in ("man-skiing.mp4", "data/man-skiing.mp4", "data/car-turn.mp4"):
         Clip(frames, 15.0).save(place / name)
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", **LOOKING_THERE}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(ROOT)
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(place / "hub"), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
 
@@ -235,11 +250,45 @@ def test_the_hub_id_loads_and_fetches_the_same_files(hub, run):
     assert set(hub.fetched) - SMALL_DECOYS == set(NEEDED)
 
 
+OPEN = """
+import json, sys
+from tav_jax.errors import TavError
+from tav_jax.io.diffusers_layout import Layout
+
+def message(name):
+    try:
+        return f"loaded {Layout.open(name).unet.block_out_channels}"
+    except TavError as error:
+        return str(error)
+print(json.dumps({name: message(name) for name in sys.argv[1:]}))
+"""
+
+
+@pytest.mark.slow
+def test_repositories_that_cannot_be_downloaded_differ_in_their_errors(hub, run):
+    unknown = "is neither a directory nor a repository on the hub (HTTP status 401 of HUB); check the spelling"
+    log_in = ", or run `hf auth login` if it is private"
+    expected = {
+        "CompVis/stable-difusion-v1-4": f"{unknown}, did you mean 'CompVis/stable-diffusion-v1-4'{log_in}",
+        "unknown/model": unknown + log_in,
+        "gated/model": "is gated (HTTP status 403 of HUB); accept its terms at HUB/gated/model, and run `hf",
+        "disabled/model": "was disabled by the hub (HTTP status 403 of HUB); use another model",
+        "down/model": "could not be downloaded, because the hub is not available (HTTP status 503 of HUB); try",
+        "runwayml/stable-diffusion-v1-5": "is no longer on the hub (HTTP status 401); use its mirror 'stable-",
+        "bad name/x": "is neither a directory nor a valid hub id. Give a directory",
+        RENAMED: "loaded (16, 32, 32)",
+    }
+    done = run("python", "-c", OPEN, *expected)
+    assert done.returncode == 0, done.stderr
+    for name, message in json.loads(done.stdout).items():
+        assert message.removeprefix(f"{name!r} ").startswith(expected[name].replace("HUB", hub.endpoint)), message
+
+
 def test_an_unknown_hub_id_is_refused_in_one_sentence(run):
     settings = {"model.path": "unknown/model", "clip.path": "man-skiing.mp4", "clip.prompt": "a man is skiing"}
     done = run("tav", "train", "--workdir=refused", *TINY_OPTIONS, *(f"--config.{k}={v}" for k, v in settings.items()))
     assert done.returncode == 2
-    assert "unknown/model" in done.stderr
+    assert "'unknown/model' is neither a directory nor a repository on the hub" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
 
@@ -300,7 +349,7 @@ def test_pip_extras_exist():
     assert {"cuda", "tpu"} <= named <= set(extras)
     for words in commands_of("pip"):
         assert words[1] == "install"
-        assert all(re.fullmatch(r"\.(\[\w+\])?|libtpu", word) for word in words[2:])
+        assert all(re.fullmatch(r"\.(\[\w+\])?|libtpu|--target=\S+/tpu-compiler", word) for word in words[2:])
 
 
 def test_make_targets_exist():
@@ -330,7 +379,7 @@ def test_the_launch_line_of_a_config_is_a_valid_command(path, monkeypatch):
     docstring = path.read_text().split('"""')[1].replace("\\\n", " ")
     [line] = [line for line in docstring.splitlines() if line.strip().startswith("tav train")]
     words = shlex.split(line)
-    assert f"--config=configs/{path.name}" in words
+    assert f"--config={path.stem}" in words
     arguments, settings = main.parser().parse_known_args(words[1:])
     config = read_config(settings)
     assert arguments.workdir

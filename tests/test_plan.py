@@ -4,13 +4,15 @@ report cache and the sweep. `test_plan_compiled.py` compiles with it."""
 import dataclasses
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import REFERENCE
+from conftest import REFERENCE, refusal
 from flax import nnx
 from jax.experimental import pallas as pl
 
@@ -20,7 +22,7 @@ from tav_jax.errors import InputError, MissingError
 from tav_jax.models import Conditioning, UNet, UNetConfig
 from tav_jax.plan import compile, hlo, prepare_environment
 from tav_jax.plan.chips import GIB, parse_topology
-from tav_jax.plan.compile import Report, ReportCache, needed_bytes
+from tav_jax.plan.compile import Report, ReportCache, needed_bytes, package_version
 from tav_jax.plan.programs import Job, read_job
 from tav_jax.plan.report import find_changes, format_json, format_table
 from tav_jax.training import train_step
@@ -84,12 +86,31 @@ def test_model_shapes_come_from_a_preset_or_a_directory():
     assert (model.unet.block_out_channels, model.prediction) == ((16, 32, 32), "v_prediction")
 
 
-def test_the_error_without_libtpu_names_the_command_that_installs_it(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    with pytest.raises(MissingError, match="pip install libtpu") as caught:
-        prepare_environment()
-    assert "\n" not in str(caught.value)
+@pytest.fixture
+def without_libtpu(monkeypatch, tmp_path) -> Path:
+    """The directory in which `tav plan` looks for libtpu, which is nowhere else."""
+    path = [entry for entry in sys.path if not (Path(entry) / "libtpu").is_dir()]
+    for name, value in {"path": path, "modules": {k: v for k, v in sys.modules.items() if k != "libtpu"}}.items():
+        monkeypatch.setattr(sys, name, value)
+    monkeypatch.setattr(os, "environ", {**os.environ, "TAV_TPU_COMPILER": str(tmp_path / "tpu compiler")})
+    return tmp_path / "tpu compiler"
+
+
+def test_the_error_without_libtpu_names_the_command_that_installs_it(without_libtpu):
+    message = refusal(MissingError, prepare_environment)
+    assert message.endswith(f"libtpu is not installed; run `pip install --target='{without_libtpu}' libtpu`")
+
+
+def test_libtpu_is_found_in_its_own_directory(without_libtpu):
+    (without_libtpu / "libtpu").mkdir(parents=True)
+    (without_libtpu / "libtpu/__init__.py").touch()
+    (without_libtpu / "libtpu-7.dist-info").mkdir()
+    (without_libtpu / "libtpu-7.dist-info/METADATA").write_text("Name: libtpu\nVersion: 7\n")
+    assert importlib.util.find_spec("libtpu") is None
+    prepare_environment()
+    assert package_version("libtpu") == "7"
+    assert importlib.util.find_spec("libtpu").origin == str(without_libtpu / "libtpu/__init__.py")
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
 # -------------------------------------------------------------------------------------------------------------- FLOPs

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from conftest import LOOKING_THERE, REFERENCE, with_libtpu
+from conftest import REFERENCE, with_libtpu
 from flax import nnx
 
 from tav_jax.io import diffusers_layout
@@ -26,7 +26,7 @@ def tav_plan(model, user_cache, *arguments) -> SimpleNamespace:
     command = [sys.executable, "-m", "tav_jax", "plan", f"--config.model.path={model}"]
     sizes = [f"--config.clip.{name}={value}" for name, value in (("frames", 8), ("height", 32), ("width", 32))]
     env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    env |= LOOKING_THERE | {"XDG_CACHE_HOME": str(user_cache)}
+    env |= {"XDG_CACHE_HOME": str(user_cache)}
     done = subprocess.run([*command, *sizes, *arguments], capture_output=True, text=True, env=env, timeout=900)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 

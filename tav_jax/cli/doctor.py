@@ -1,12 +1,14 @@
 """`tav doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 import argparse
+import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tav_jax.errors import install_command
 from tav_jax.training import environment
 
 
@@ -39,8 +41,10 @@ def examine() -> Iterator[Finding]:
     for name, version in environment.versions(tuple(OPTIONAL)).items():
         use, extra = OPTIONAL[name]
         missing = version == environment.NOT_INSTALLED
-        yield Finding(True, f"{name} {version} (optional, {use})", f"pip install 'tav_jax[{extra}]'" * missing)
+        yield Finding(True, f"{name} {version} (optional, {use})", install_command(extra) if missing else "")
     yield from _devices()
+    if importlib.util.find_spec("libtpu") and not environment.has_tpu():
+        yield Finding(True, "libtpu is used by `tav plan` only, because this machine has no TPU")
     for name, value in environment.flags().items():
         yield Finding(True, f"{name} is set: {value}")
     yield _video_encoders()
@@ -65,9 +69,9 @@ def _devices() -> Iterator[Finding]:
     yield Finding(True, f"spatial attention: the {kernels.choose_kernel('auto', jax.default_backend())} kernel")
     if jax.default_backend() == "cpu":
         if shutil.which("nvidia-smi"):
-            yield Finding(False, "this machine has an NVIDIA GPU that JAX does not find", "pip install 'tav_jax[cuda]'")
-        elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
-            yield Finding(False, "this machine has a TPU that JAX does not find", "pip install 'tav_jax[tpu]'")
+            yield Finding(False, "this machine has an NVIDIA GPU that JAX does not find", install_command("cuda"))
+        elif environment.has_tpu():
+            yield Finding(False, "this machine has a TPU that JAX does not find", install_command("tpu"))
         else:
             yield Finding(True, "no accelerator: small models run well, Stable Diffusion very slowly")
 

@@ -5,16 +5,20 @@ import errno
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from tav_jax import __version__
 from tav_jax.distributed import processes
 from tav_jax.errors import TavError
+from tav_jax.training import environment
 
 DESCRIPTION = "One-shot video tuning on JAX: from one clip and one sentence to edited clips."
 SETTINGS = """\
 settings:
-  --config=FILE.py             a file with a get_config(); the default is the paper's settings
-  --config=RUN/config.json     the settings of a run, to repeat it in another --workdir
+  --config=NAME                a config that comes with the package, such as man_skiing; the default is the paper's
+                               settings
+  --config=FILE                a file with a get_config(), a run's config.json, to repeat it in another --workdir, or a
+                               YAML config of the official code
   --config.NAME=VALUE          one setting, such as --config.clip.path=man.mp4 --config.clip.prompt="a man is skiing"
                                --config.train.steps=300 --config.edit.prompts="('spider man is skiing',)"
 """
@@ -28,16 +32,26 @@ exit status:
 EXAMPLES = """\
 examples:
   tav demo   --out=demo
-  tav train  --config=configs/man_skiing.py --workdir=runs/ski
+  tav train  --config=man_skiing --workdir=runs/ski
   tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
   tav export --workdir=runs/ski --out=spider-ski
-  tav plan   --config=configs/man_skiing.py --topology=v5e-8
+  tav plan   --config=man_skiing --topology=v5e-8
 """
 PLAN = """\
 Compile the programs of a run with the TPU compiler, without a TPU. Reports the memory of each program, the shortest
 possible time of a step and the communication between chips. Needs neither weights nor a clip. Compiling a program at
 full size takes minutes; reports are cached.
 """
+
+
+class HelpConfig(argparse.Action):
+    """Prints all settings and exits, whatever else is on the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from tav_jax.cli.settings import list_settings
+
+        print(list_settings())
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help=summary, description=f"{summary.capitalize()}.", epilog=SETTINGS + STATUS, formatter_class=raw
     )
+    help_config = {"action": HelpConfig, "nargs": 0, "help": "list all settings with defaults and meanings, and exit"}
+    train.add_argument("--help-config", **help_config)
     train.add_argument("--workdir", required=True, help="the directory of the run, local or in a bucket (gs://…)")
     debug_nans = "run with jax_debug_nans, which is slow, and name the first operation that gives a NaN"
     train.add_argument("--debug-nans", action="store_true", help=debug_nans)
@@ -95,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     summary = "report whether a run fits a TPU, without having one"
     settings = SETTINGS + "  --config.model.path=sd1      or sd2, a directory, or a hub id that contains either"
     plan = commands.add_parser("plan", help=summary, description=PLAN, epilog=settings, formatter_class=raw)
+    plan.add_argument("--help-config", **help_config)
     plan.add_argument("--topology", required=True, help="such as v5e-8 or v5e:2x4")
     functions = "tune, invert, sample, encode or decode; may be repeated (default: all)"
     plan.add_argument("--function", action="append", default=[], help=functions)
@@ -110,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, arguments.settings = parser().parse_known_args(argv)
     if arguments.settings and arguments.command not in ("train", "plan"):
         parser().error(f"{arguments.settings[0]} is not an option of `tav {arguments.command}`")
+    environment.skip_absent_tpu()
     try:
         # Imports the module of this command only, so that `tav --help` does not import JAX.
         return importlib.import_module(f"tav_jax.cli.{arguments.command}").run(arguments)

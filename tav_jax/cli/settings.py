@@ -1,4 +1,4 @@
-"""Reads the config from `--config=FILE --config.NAME=VALUE …`."""
+"""Reads the config from `--config=FILE --config.NAME=VALUE …`, and lists the settings."""
 
 import os
 import sys
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tav_jax import config
-from tav_jax.errors import InputError, MissingError, TavError
+from tav_jax.cli.other_names import read_yaml, suggest
+from tav_jax.distributed import processes
+from tav_jax.errors import InputError, MissingError, TavError, short_repr
 
 
 def read_config(arguments: Sequence[str]) -> Any:
@@ -15,20 +17,19 @@ def read_config(arguments: Sequence[str]) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    if unknown := [a for a in arguments if not a.startswith(("--config=", "--config."))]:
-        raise InputError(f"{unknown[0]!r} is not an option; settings are --config.NAME=VALUE")
-    files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    overrides = [a for a in arguments if a.startswith("--config.")]
-    if problems := config.unknown_settings(a.removeprefix("--config.").split("=")[0] for a in overrides):
-        raise InputError("; ".join(problems))
-    path = files[-1] if files else ""
-    if path and not os.path.isfile(path.split(":")[0]):
-        raise MissingError(f"{path} does not exist; give a config file such as configs/default.py")
     known = dict(config.leaves(config.get_config()))
-    argv, values = ["tav", *(_quote_single_text(a, known) for a in overrides)], flags.FlagValues()
+    options = _options(arguments, known)
+    overrides = [(name.removeprefix("config."), value) for name, value in options if name != "config"]
+    if problems := config.unknown_settings((name for name, _ in overrides), suggest):
+        raise InputError("; ".join(problems))
+    path = find_config(next((value for name, value in reversed(options) if name == "config"), ""))
+    argv, values = ["tav", *(_override(name, value, known[name]) for name, value in overrides)], flags.FlagValues()
     try:
-        if path.endswith(".json"):
-            stored = config.from_json(Path(path).read_text())
+        if path.endswith((".json", ".yaml", ".yml")):
+            is_json = path.endswith(".json")
+            stored, note = (config.from_json(Path(path).read_text()), "") if is_json else read_yaml(path)
+            if note and processes.is_primary():
+                print(note, file=sys.stderr)
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=argv)
         else:
             config_flags.DEFINE_config_file("config", path or config.__file__, flag_values=values, sys_argv=argv)
@@ -41,12 +42,74 @@ def read_config(arguments: Sequence[str]) -> Any:
         raise InputError(f"the config cannot be read: {message}") from error
 
 
-def _quote_single_text(argument: str, known: dict[str, Any]) -> str:
-    """Accept `edit.prompts=a man is skiing` for a setting that is a list of texts."""
-    name, _, value = argument.removeprefix("--config.").partition("=")
-    if isinstance(known[name], tuple) and not value.lstrip().startswith(("(", "[", "'", '"')):
-        return f"--config.{name}=({value!r},)"
-    return argument
+def _options(arguments: Sequence[str], known: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of each option, from `--config.NAME=VALUE`, `--config.NAME VALUE`, and `--config.NAME` alone for a
+    setting that is True or False."""
+    options, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not (name == "config" or name.startswith("config.")):
+            raise InputError(f"{word!r} is not an option; settings are --config.NAME=VALUE, with quotes around spaces")
+        if not equals:
+            is_switch = isinstance(known.get(name.removeprefix("config.")), bool)
+            if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in ("true", "false")):
+                value = rest.pop(0)
+            elif is_switch:
+                value = "True"
+            else:
+                raise InputError(f"{word} has no value; use {word}=VALUE")
+        options.append((name, value))
+    return options
+
+
+def _override(name: str, value: str, default: Any) -> str:
+    """The option as ml_collections parses it. Accepts `edit.prompts=a man is skiing` for a list of texts, and `1e3` for
+    a whole number."""
+    if isinstance(default, tuple) and not value.lstrip().startswith(("(", "[", "'", '"')):
+        value = f"({value!r},)"
+    elif type(default) is int:
+        given = value
+        try:
+            number = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+            value = str(int(number)) if number == int(number) else ""
+        except (ValueError, OverflowError):
+            value = ""
+        if not value:
+            raise InputError(f"--config.{name}={short_repr(given)[1:-1]} is not a whole number")
+    return f"--config.{name}={value}"
+
+
+def named_configs() -> dict[str, Path]:
+    """The configs that come with the package: in it, or beside it in a checkout."""
+    package = Path(config.__file__).parent
+    directory = package / "configs"
+    if not directory.is_dir() and (package.parent / "pyproject.toml").is_file():
+        directory = package.parent / "configs"
+    return {file.stem: file for file in sorted(directory.glob("*.py"))}
+
+
+def find_config(path: str) -> str:
+    """The file of `--config`, which is a named config or a path."""
+    named = named_configs()
+    if file := named.get(path.replace("-", "_")):
+        return str(file)
+    if path and not os.path.isfile(path.split(":")[0]):
+        same = Path(path).stem.replace("-", "_")
+        fix = f"use --config={same}, which comes with the package" if same in named else "give a config file"
+        raise MissingError(f"{path} does not exist; {fix}, or one of {', '.join(named)}")
+    return path
+
+
+def list_settings() -> str:
+    """The table of `--help-config`: every setting with its default, meaning, choices and range."""
+    known = dict(config.leaves(config.get_config()))
+    lines = ["Settings of `tav train` and `tav plan`, with their defaults, as --config.NAME=VALUE:", ""]
+    for name, meaning in config.MEANINGS.items():
+        limits = ", ".join(config.CHOICES.get(name, ())) or " to ".join(map(str, config.RANGES.get(name, ())))
+        lines.append(f"  {f'{name}={known[name]!r}':40}  {meaning}{f' ({limits})' if limits else ''}")
+    lines += ["", f"Configs that come with the package, as --config=NAME: {', '.join(named_configs())}"]
+    return "\n".join(lines)
 
 
 def silence_background_tracebacks() -> None:

@@ -4,6 +4,7 @@ A pipeline is a directory with one subdirectory and config for each component. `
 `feature_extractor/` are ignored.
 """
 
+import difflib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -44,13 +45,14 @@ MIRRORS = {
         for name in ("2", "2-base", "2-1", "2-1-base", "2-1-unclip", "2-depth", "2-inpainting")
     },
 }
+DEFAULT_ID = "CompVis/stable-diffusion-v1-4"
 OTHER_FAMILIES = {  # component that only they have: description
     "transformer": "a transformer pipeline such as Flux or Stable Diffusion 3",
     "text_encoder_2": "a Stable Diffusion XL or 3 pipeline (it has two text encoders)",
 }
 SOURCE_HELP = (
     "Give a directory in the Diffusers layout, for example one downloaded with "
-    "`hf download CompVis/stable-diffusion-v1-4 --local-dir sd14`, a hub id, or a bucket path."
+    f"`hf download {DEFAULT_ID} --local-dir sd14`, a hub id, or a bucket path."
 )
 
 
@@ -127,7 +129,6 @@ def _from_bucket(root: epath.Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     import huggingface_hub  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError
 
     root = Path()
     try:
@@ -137,14 +138,45 @@ def _from_hub(name: str) -> Path:
             if all(any((root / part).glob(allowed.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
                 break
         return root
-    except Exception as error:  # the hub client raises many types: no network, an unknown id, no permission
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if status in (401, 403, 404) and (mirror := MIRRORS.get(name.lower())):
-            problem = f"is no longer on the hub (HTTP status {status}); use its mirror {mirror!r}"
-        else:
-            cause = type(error).__name__
-            problem = f"is not a directory, and could not be downloaded as a hub id ({cause}). {SOURCE_HELP}"
-        raise MissingError(f"{name!r} {problem}") from error
+    except Exception as error:  # the hub client raises many types
+        raise MissingError(f"{name!r} {_hub_problem(name, error)}") from error
+
+
+def _hub_problem(name: str, error: BaseException) -> str:
+    """Why a download failed, and what to do. The hub client hides some causes behind a LocalEntryNotFoundError."""
+    from huggingface_hub import constants, errors
+
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    hub, cause = constants.ENDPOINT, type(error).__name__
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    answer = f"HTTP status {status} of {hub}"
+    if status in (401, 403, 404) and (mirror := MIRRORS.get(name.lower())):
+        return f"is no longer on the hub (HTTP status {status}); use its mirror {mirror!r}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated ({answer}); accept its terms at {hub}/{name}, and run `hf auth login`"
+    if isinstance(error, errors.DisabledRepoError):
+        return f"was disabled by the hub ({answer}); use another model, such as {DEFAULT_ID!r}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        fix = f"check the spelling{_similar_ids(name)}, or run `hf auth login` if it is private"
+        return f"is neither a directory nor a repository on the hub ({answer}); {fix}"
+    if isinstance(error, errors.HFValidationError):
+        return f"is neither a directory nor a valid hub id. {SOURCE_HELP}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"is not a directory and not downloaded yet, and HF_HUB_OFFLINE is set; unset it. {SOURCE_HELP}"
+    if status == 429 or (status or 0) >= 500:
+        return f"could not be downloaded, because the hub is not available ({answer}); try again later"
+    if status is None and isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno:
+        return f"could not be downloaded as a hub id ({short_repr(str(error))}). {SOURCE_HELP}"
+    if status is None:
+        return f"is not a directory, and the hub at {hub} cannot be reached ({cause}); check the network. {SOURCE_HELP}"
+    return f"could not be downloaded as a hub id ({answer}). {SOURCE_HELP}"
+
+
+def _similar_ids(name: str) -> str:
+    """The most similar id of a Stable Diffusion pipeline on the hub, as a part of a sentence."""
+    known = {known.lower(): known for known in (DEFAULT_ID, *MIRRORS.values())}
+    return "".join(f", did you mean {known[near]!r}" for near in difflib.get_close_matches(name.lower(), known, n=1))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tav_jax.errors import MissingError, WeightsError, join_names, short_repr
+from tav_jax.errors import MissingError, WeightsError, install_command, join_names, short_repr
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 MAX_HEADER = MAX_INDEX = 10 << 20  # bytes; at most 0.1 MB in Stable Diffusion, and safetensors accepts 100 MB
@@ -144,7 +144,7 @@ def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
     except ImportError as error:
         raise MissingError(
             f"{files[0]} is a torch file and torch is not installed. Use the safetensors files of the same model, or "
-            "`pip install 'tav_jax[torch]'`."
+            f"`{install_command('torch')}`."
         ) from error
 
     def as_numpy(value) -> np.ndarray:

@@ -5,6 +5,9 @@
 
 import importlib.util
 import os
+import shlex
+import sys
+from pathlib import Path
 
 from tav_jax.errors import MissingError
 
@@ -21,8 +24,19 @@ ENVIRONMENT = {
 }
 
 
+def compiler_directory() -> Path:
+    """Where libtpu is installed if it is not in the environment itself, where JAX would start it in every process."""
+    return Path(os.environ.get("TAV_TPU_COMPILER") or Path(sys.prefix, "tpu-compiler"))
+
+
 def prepare_environment() -> None:
-    """Set the environment variables that JAX and libtpu need here. Call it before JAX is imported."""
+    """Make libtpu importable and set the environment variables that JAX and libtpu need here. Call it before JAX is
+    imported."""
+    directory = compiler_directory()
+    if (directory / "libtpu").is_dir() and str(directory) not in sys.path:
+        sys.path.append(str(directory))
+        importlib.invalidate_caches()
     if importlib.util.find_spec("libtpu") is None:
-        raise MissingError("`tav plan` needs the TPU compiler, and libtpu is not installed; run `pip install libtpu`")
+        fix = f"run `pip install --target={shlex.quote(str(directory))} libtpu`"
+        raise MissingError(f"`tav plan` needs the TPU compiler, and libtpu is not installed; {fix}")
     os.environ.update(ENVIRONMENT)

@@ -1,5 +1,7 @@
 """What else than its config determines the result of a run: versions, devices, flags, and the git commit."""
 
+import glob
+import importlib.util
 import os
 import platform
 import socket
@@ -46,6 +48,19 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 def flags() -> dict[str, str]:
     """Environment variables that change the results of a program or the devices that it uses."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(FLAGS)}
+
+
+def has_tpu() -> bool:
+    """Whether this machine has the device file of a TPU."""
+    return any((*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")))
+
+
+def skip_absent_tpu() -> None:
+    """Keep JAX from looking for a TPU on a machine that has none: where libtpu is installed, JAX starts it in every
+    process, which takes time and prints errors. Call it before JAX is imported."""
+    plugins = importlib.util.find_spec("jax_plugins") or metadata.entry_points(group="jax_plugins")  # GPUs and others
+    if importlib.util.find_spec("libtpu") and not plugins and not has_tpu():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def commit(checkout: Path = Path(__file__).parents[2]) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tav_jax.distributed import processes
-from tav_jax.errors import MissingError
+from tav_jax.errors import MissingError, install_command
 from tav_jax.training.run_directory import RunDirectory
 
 FILE = "metrics.jsonl"
@@ -22,7 +22,7 @@ def check_installed(*, tensorboard: bool, wandb: str) -> None:
     """Refuse a logger whose package is not installed."""
     for name, package, wanted in (("tensorboard", "tensorboardX", tensorboard), ("wandb", "wandb", wandb)):
         if wanted and importlib.util.find_spec(package) is None:
-            fix = f"`pip install 'tav_jax[{name}]'`, or leave log.{name} at its default"
+            fix = f"`{install_command(name)}`, or leave log.{name} at its default"
             raise MissingError(f"log.{name} is set and {package} is not installed; {fix}")
 
 
