@@ -28,13 +28,14 @@ def same_configs(ours: Layout, theirs: Layout) -> bool:
 # ----------------------------------------------------------------------------------------------- buckets and the hub
 
 
-def test_a_bucket_path_is_downloaded(model, sd1):
+def test_a_bucket_path_is_downloaded(model, sd1, monkeypatch):
     from etils import epath
     from etils.epath import testing as epath_testing
 
     def local(path):
         return str(path).replace("gs://bucket", str(model.parent))
 
+    monkeypatch.setattr("tav_jax.io.paths.check_bucket", lambda url: None)
     with epath_testing.mock_epath(
         exists=lambda original, path: original(local(path)),
         isdir=lambda original, path: original(local(path)),

@@ -21,14 +21,15 @@ import pytest
 from conftest import REFERENCE, contents, logged, same_run, train, trained
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import Clip, TuneAVideo
+from tav_jax import TuneAVideo
 from tav_jax import config as configs
 from tav_jax.cli.settings import read_config
 from tav_jax.errors import InputError, NotFiniteError, StoppedError, WeightsError
+from tav_jax.io import paths
 from tav_jax.training import checkpoint, checksums, environment, loop, nonfinite, run_directory, train_step, trainer
 from tav_jax.training.preemption import Stop
 from tav_jax.training.run import Run
-from tav_jax.training.run_directory import HOST, LOCK, RunDirectory
+from tav_jax.training.run_directory import LOCK, RunDirectory
 
 pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
 
@@ -49,20 +50,47 @@ def test_two_kills_lose_nothing(tmp_path):
     assert kill.run_benchmark(2, 3, tmp_path, {**os.environ, "JAX_PLATFORMS": "cpu"}, print) == []
 
 
-def test_scratch_files_of_dead_processes_are_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    directory, alive = RunDirectory(tmp_path), os.getppid()
-    ours = [directory.scratch("config.json"), tmp_path / "previews" / f"..{HOST}-{os.getpid()}.a.12345678.mp4"]
-    left_over = [tmp_path / f".{HOST}-{dead.pid}.config.json", tmp_path / "edits" / f".{HOST}-{dead.pid}.red.mp4"]
-    kept = [tmp_path / f".{HOST}-{alive}.red.mp4", tmp_path / ".0badcafe-1.red.mp4", tmp_path / "edits/red.mp4"]
-    old = tmp_path / ".0badcafe-2.red.mp4"  # of another machine
-    for file in (*ours, *left_over, *kept, old):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("x")
-    os.utime(old, (1, 1))
+WRITER = """
+import sys, time
+from tav_jax.training.run_directory import RunDirectory
+with RunDirectory(sys.argv[1]).writing("edits/red.mp4") as scratch:
+    scratch.write_text("half"); print(scratch, flush=True); time.sleep(600)
+"""
+
+
+def test_scratch_directories_of_dead_processes_are_removed(start_python, tmp_path):
+    """A lock decides, not a process id: a writer in another container is alive although its number is unknown here."""
+    (tmp_path / "previews").mkdir()
+    writer = start_python(WRITER, tmp_path)
+    scratch = Path(writer.stdout.readline().strip())
+    unknown = tmp_path / "previews" / f"{paths.SCRATCH}just-created"  # not locked yet
+    foreign = tmp_path / f"{paths.SCRATCH}file"
+    unknown.mkdir()
+    foreign.write_text("not a directory")
+    (tmp_path / f"{paths.SCRATCH}link").symlink_to(tmp_path / "previews")
+    directory = RunDirectory(tmp_path)
     directory.remove_scratch()
-    assert {x for x in tmp_path.rglob("*") if x.is_file()} == set(kept)
+    assert scratch.read_text() == "half"
+    assert unknown.exists()
+    writer.kill()
+    writer.wait()
+    os.utime(unknown, (1, 1))
+    directory.remove_scratch()
+    assert not scratch.parent.exists()
+    assert not unknown.exists()
+    assert foreign.exists()
+    assert (tmp_path / "previews").exists()
+
+
+def test_writing_removes_what_a_killed_writer_left_in_the_same_directory(start_python, tmp_path):
+    """Such as `--out` of `tav edit`, which is not a run's directory."""
+    writer = start_python(WRITER, tmp_path)
+    scratch = Path(writer.stdout.readline().strip())
+    writer.kill()
+    writer.wait()
+    assert scratch.exists()
+    RunDirectory(tmp_path / "edits").write("a.json", "{}")
+    assert [x.name for x in (tmp_path / "edits").iterdir()] == ["a.json"]
 
 
 @pytest.mark.slow
@@ -77,20 +105,6 @@ def test_old_checkpoint_is_renamed_before_its_files_are_deleted(settings, tmp_pa
     assert any(deleted)
     train(tmp_path, settings(train__keep_newest=1, train__steps=7))
     assert not (directory / checkpoint.REMOVED).exists()
-
-
-def test_scratch_files_of_a_killed_video_encoder_are_removed(tmp_path, monkeypatch):
-    directory, replaced = RunDirectory(tmp_path), []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (replaced.append(Path(a).name), real(a, b)))
-    video = Clip(np.zeros((2, 32, 32, 3), np.uint8), 5.0)
-    loop.publish_video(directory, video, f"previews/step_000001/{'long-name-' * 6}.mp4")
-    scratch = [name for name in replaced if name.startswith(".")]
-    assert len(scratch) == 2  # of `Clip.save` and of the run directory
-    for name in scratch:
-        (tmp_path / name).write_text("x")
-    directory.remove_scratch()
-    assert sorted(x.suffix for x in tmp_path.rglob("*") if x.is_file()) == [".mp4"]
 
 
 @pytest.mark.slow
@@ -263,7 +277,7 @@ def test_change_of_any_file_of_a_checkpoint_is_detected(finished_run, tmp_path):
     files = [x for x in original.rglob("*") if x.is_file() and x.name not in checksums.EXCLUDED]
     assert len(files) > 5
     for i, file in enumerate(files):
-        copy = Path(shutil.copytree(original, tmp_path / str(i)))
+        copy = Path(shutil.copytree(original, tmp_path / str(i) / "6"))
         assert checksums.damage(copy) is None
         changed = copy / file.relative_to(original)
         if changed.stat().st_size:

@@ -15,7 +15,7 @@ from tav_jax.cli import edit
 from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io import video, weights
-from tav_jax.training import checkpoint, metrics, run_directory
+from tav_jax.training import checkpoint, derived, run_directory
 from tav_jax.training import run as run_module
 from tav_jax.training.run import Run, sampling_options
 from tav_jax.training.run_directory import RunDirectory
@@ -341,4 +341,4 @@ def test_files_are_written_atomically(tmp_path):
         directory.write("a/b.json", "\ud800")
     assert (tmp_path / "a/b.json").read_text() == "one"
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.json"]
-    assert metrics._step_of_line('{"step": 3') == float("inf")
+    assert derived.step_of_line('{"step": 3') == float("inf")

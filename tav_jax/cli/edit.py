@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,7 @@ from tav_jax.errors import InputError
 from tav_jax.io.progress import counter, progress_bar
 from tav_jax.io.video import Clip, Edit, side_by_side
 from tav_jax.pipeline import TuneAVideo
+from tav_jax.training import derived
 from tav_jax.training.loop import clip_digest
 from tav_jax.training.run import Run, log, publish_video, sampling_options
 from tav_jax.training.run_directory import RunDirectory, file_names
@@ -131,25 +133,15 @@ def invert_cached(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> An
         "steps": steps,
     }
     key = hashlib.blake2b(json.dumps(dependencies, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
-    name = f"inversions/{key}.npz"
-    cached = _read_noise(run.directory, name)
+    name = f"inversions/{key}.safetensors"
+    like = jax.eval_shape(lambda: tav.noise(0, len(clip.frames), clip.frames.shape[1:3]))
+    cached = derived.read_array(run.directory, name, like.shape, like.dtype)
     if not processes.any_process(cached is None):
         log(f"Reusing the inversion in {run.directory / name}.")
-        return cached
+        return jnp.asarray(cached)
     with progress_bar(steps, "inverting") as bar:
         noise = tav.invert(clip, steps=steps, progress=counter(bar))
     if processes.is_primary():
-        with run.directory.writing(name) as scratch:
-            np.savez(scratch, noise=np.asarray(noise))
+        derived.write_array(run.directory, name, np.asarray(noise))
     log(f"Inverted the clip in {steps} steps; saved in {run.directory / name}.")
     return noise
-
-
-def _read_noise(directory: RunDirectory, name: str) -> Any:
-    if not (directory / name).exists():
-        return None
-    try:
-        with np.load(directory.fetch(name)) as table:
-            return jnp.asarray(table["noise"])
-    except (OSError, ValueError, KeyError, EOFError):  # a damaged file is ignored
-        return None

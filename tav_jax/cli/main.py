@@ -3,11 +3,13 @@
 import argparse
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tav_jax import __version__
+from tav_jax.cli import terminal
 from tav_jax.distributed import processes
 from tav_jax.errors import TavError
 from tav_jax.training import environment
@@ -128,21 +130,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.settings and arguments.command not in ("train", "plan"):
         parser().error(f"{arguments.settings[0]} is not an option of `tav {arguments.command}`")
     environment.skip_absent_tpu()
+    if arguments.command != "train":  # which saves a checkpoint
+        terminal.interrupt_on_signals()
     try:
+        os.getcwd()
         # Imports the module of this command only, so that `tav --help` does not import JAX.
         return importlib.import_module(f"tav_jax.cli.{arguments.command}").run(arguments)
     except TavError as error:
         return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail("stopped", 130)
+    except KeyboardInterrupt as error:
+        return fail("stopped", *(error.args or (130,)))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = "the disk is full; finished files are intact. Free some space and run the same command again."
+        if isinstance(error, OSError) and (message := _sentence(error)):
             return fail(message, TavError.exit_code)
         if "RESOURCE_EXHAUSTED" in str(error):  # from code that does not suggest a size
             return fail("the device's memory ran out; use fewer frames or a smaller size", TavError.exit_code)
         processes.wait_for_abort(error)
         raise
+
+
+def _sentence(error: OSError) -> str | None:
+    """What to do about an error of a disk, a network or permissions that has no more specific message."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; finished files are intact. Free some space and run the same command again."
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return "the current directory has been removed; change to another one."
+    if error.errno is None or error.filename is None:
+        return None
+    reason = (error.strerror or "").lower()
+    return f"{error.filename}: {reason}; check the path, its permissions and its disk, and run the same command again."
 
 
 def fail(message: str, code: int) -> int:
@@ -153,4 +169,9 @@ def fail(message: str, code: int) -> int:
 
 
 def entry() -> None:
-    sys.exit(main())
+    terminal.protect_streams()
+    code = main()
+    if code == 0 and (reason := terminal.lost_output()):
+        print(f"tav: standard output could not be written ({reason})", file=sys.stderr)
+        code = 1 if sys.argv[1] in ("plan", "doctor") else 0  # the other commands write files
+    sys.exit(code)

@@ -14,6 +14,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan.prepare_environment()  # before anything imports JAX
     from tav_jax.distributed import compilation_cache
+    from tav_jax.io import paths
     from tav_jax.plan.chips import parse_topology
     from tav_jax.plan.compile import ReportCache
     from tav_jax.plan.programs import NAMES, read_job
@@ -22,7 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown := [name for name in arguments.function if name not in NAMES]:
         raise InputError(f"--function is {short_repr(unknown[0])}; it must be one of {', '.join(NAMES)}")
     job = read_job(config, parse_topology(arguments.topology))
-    directory = Path(arguments.cache) if arguments.cache else compilation_cache.cache_directory() / "plans"
+    place = compilation_cache.cache_directory() or paths.temporary_directory()
+    directory = Path(arguments.cache) if arguments.cache else place / "plans"
     cache = ReportCache(directory, log=lambda line: print(line, file=sys.stderr))
     reports = [cache.get(job, name) for name in NAMES if name in (arguments.function or NAMES)]
     changes = {}

@@ -113,11 +113,13 @@ def list_settings() -> str:
 
 
 def silence_background_tracebacks() -> None:
-    """Orbax's threads log the traceback of a failed write. `tav` reports the same error in one sentence."""
+    """Orbax's threads log the traceback of a failed write. `tav` reports the same error in one sentence. Warnings are
+    printed."""
     import logging
 
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info and record.levelno < logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None

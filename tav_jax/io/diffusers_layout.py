@@ -5,8 +5,6 @@ A pipeline is a directory with one subdirectory and config for each component. `
 """
 
 import difflib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from tav_jax.errors import MissingError, WeightsError, short_repr
+from tav_jax.io import paths
 from tav_jax.io.tensor_files import load_json
 from tav_jax.models import ClipTextConfig, UNetConfig, VAEConfig
 
@@ -97,6 +96,7 @@ def _local_directory(source: str | Path) -> Path:
     """The pipeline's directory on this machine, downloaded if `source` is a bucket path or a hub id."""
     name = str(source)
     if "://" in name:
+        paths.check_bucket(name)
         return _from_bucket(epath.Path(name))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -112,18 +112,14 @@ def _local_directory(source: str | Path) -> Path:
 def _from_bucket(root: epath.Path) -> Path:
     if not (root / "unet").is_dir():
         raise MissingError(f"{root} has no unet/ directory, or cannot be read from this machine. {SOURCE_HELP}")
-    local = Path(tempfile.mkdtemp(prefix="tav_jax_model_"))
-    try:
-        for pattern in BUCKET_FILES:
-            for file in root.glob(pattern):
-                relative = Path(str(file)[len(str(root)) :].lstrip("/"))
-                if ".." in relative.parts:  # bucket object names may contain it
-                    raise WeightsError(f"{short_repr(str(file))} points outside of {root}; delete it there")
-                (local / relative).parent.mkdir(parents=True, exist_ok=True)
-                file.copy(local / relative)
-    except BaseException:
-        shutil.rmtree(local, ignore_errors=True)
-        raise
+    local = paths.temporary_directory()
+    for pattern in BUCKET_FILES:
+        for file in root.glob(pattern):
+            relative = Path(str(file)[len(str(root)) :].lstrip("/"))
+            if ".." in relative.parts:  # bucket object names may contain it
+                raise WeightsError(f"{short_repr(str(file))} points outside of {root}; delete it there")
+            (local / relative).parent.mkdir(parents=True, exist_ok=True)
+            file.copy(local / relative)
     return local
 
 

@@ -4,12 +4,12 @@ Every tensor of a file must belong to a variable, and every variable needs a ten
 not match are reported together. Tensors are read one at a time and converted to their target dtype.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from tav_jax.distributed import memory
 from tav_jax.errors import InputError, OutOfMemoryError, WeightsError, join_names
+from tav_jax.io import paths
 from tav_jax.io.diffusers_layout import CONFIGS, Layout
 from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
 from tav_jax.models import VAE, ClipText, UNet
@@ -261,7 +262,8 @@ def inflated_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_target(directory: str | Path) -> Path:
     """The path of a directory to write. Raises `InputError` if it exists and is not an empty directory."""
-    target = Path(directory).expanduser()
+    target = paths.local_path(directory)
+    paths.check_writable(target.parent)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty directory; give another name or remove it first.")
     return target
@@ -270,15 +272,17 @@ def check_target(directory: str | Path) -> Path:
 def save(components: Components, directory: str | Path) -> None:
     """Write a pipeline directory in the Diffusers layout with the 3D UNet of the official code, which can load it.
 
-    It is written to a temporary directory beside the target, which is then renamed: the target is never incomplete.
+    It is written to a scratch directory beside the target, which is then renamed: the target is never incomplete.
     """
     target = check_target(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     layout = components.layout
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    paths.remove_abandoned(target.parent)
+    temporary = contextlib.ExitStack()
+    scratch = temporary.enter_context(paths.scratch_directory(target.parent)) / "pipeline"
     try:
         for part in CONFIGS:
-            (scratch / part).mkdir()
+            (scratch / part).mkdir(parents=True)
         # Only known names: a downloaded directory may contain other files, or links to private files of this machine.
         for file in (layout.root / "tokenizer" / name for name in TOKENIZER_FILES):
             if file.is_file():
@@ -301,7 +305,6 @@ def save(components: Components, directory: str | Path) -> None:
             tensors = torch_tensors(getattr(components, part), part, old_vae_names=components.old_vae_names)
             save_file(tensors, scratch / part / file, metadata={"format": "pt"})
             (scratch / part / file).chmod(0o644)  # safetensors creates files that only their owner can read
-        scratch.chmod(0o755)  # mkdtemp creates directories that only their owner can read
         if target.exists():
             target.rmdir()
         scratch.rename(target)
@@ -310,7 +313,7 @@ def save(components: Components, directory: str | Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target} could not be written ({reason}); {fix}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # does not exist after a success
+        temporary.close()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

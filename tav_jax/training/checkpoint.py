@@ -4,6 +4,8 @@
 Frozen weights are not saved, since they are the base model's: a checkpoint of Stable Diffusion takes about 0.9 GB.
 """
 
+import functools
+import re
 import shutil
 from typing import Any
 
@@ -13,7 +15,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from tav_jax.distributed import processes
-from tav_jax.errors import InputError, MissingError, WeightsError
+from tav_jax.errors import InputError, MissingError, WeightsError, short_repr
+from tav_jax.io import paths
 from tav_jax.io.weights import flat
 from tav_jax.training import checksums
 from tav_jax.training.train_step import TrainState
@@ -32,17 +35,20 @@ class Checkpoints:
     def __init__(self, directory: Any, *, keep_newest: int = 2, keep_every: int = 0, repair: bool = False):
         self.directory = directory
         self._repair = repair
+        self._saving: Any = None  # names, shapes and dtypes of the state that is being written
         self.newest: int | None  # the newest intact checkpoint, perhaps not completely on disk yet
         self.newest, self.messages = processes.run_on_primary("verifying the checkpoints", self._verify)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_newest,
             keep_period=keep_every or None,
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             cleanup_tmp_directories=repair,
             todelete_subdir=REMOVED,
         )
-        self.manager = ocp.CheckpointManager(directory, options=options, item_names=("train_state", "metadata"))
+        self.manager = ocp.CheckpointManager(
+            _plain_path(directory), options=options, item_names=("train_state", "metadata")
+        )
 
     def _verify(self) -> list[Any]:
         """The step of the newest intact checkpoint, and a message for each newer one, which is damaged."""
@@ -57,9 +63,11 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
         if step == self.newest or step in self.manager.all_steps():
             return
-        self.wait()  # until then, `_write_checksums` needs the previous value of `newest`
-        arrays = ocp.args.StandardSave(_to_dict(state))
-        items = ocp.args.Composite(train_state=arrays, metadata=ocp.args.JsonSave({**metadata, "step": step}))
+        self.wait()  # until then, `_seal` needs the previous value of `newest`
+        arrays = _to_dict(state)
+        self._saving = _describe(arrays)
+        metadata_item = ocp.args.JsonSave({**metadata, "step": step})
+        items = ocp.args.Composite(train_state=ocp.args.StandardSave(arrays), metadata=metadata_item)
         previous, self.newest = self.newest, step
         try:
             self.manager.save(step, args=items)
@@ -75,12 +83,18 @@ class Checkpoints:
             raise self._write_error(self.newest, error) from error
         self._delete_removed()
 
-    def _write_checksums(self) -> None:
-        """Orbax calls this when a checkpoint's files are complete, before it renames their directory. A bucket has no
+    def _seal(self) -> None:
+        """Read the names, shapes and dtypes of the arrays back, then write the checksums.
+
+        Orbax calls this when a checkpoint's files are complete, before it renames their directory. A bucket has no
         rename: there Orbax writes under the final name."""
         if jax.process_index() == 0:
             unfinished = list(self.directory.glob(f"{self.newest}.orbax-checkpoint-tmp*"))
-            checksums.write(unfinished[0] if unfinished else self.directory / str(self.newest))
+            checkpoint = unfinished[0] if unfinished else self.directory / str(self.newest)
+            handler = ocp.StandardCheckpointHandler()
+            if _describe(handler.metadata(_plain_path(checkpoint / "train_state"))) != self._saving:
+                raise ValueError("its arrays differ when they are read back")
+            checksums.write(checkpoint)
 
     def _delete_removed(self) -> None:
         # In a bucket nothing can be moved: Orbax deletes the checkpoint itself.
@@ -134,6 +148,26 @@ def _to_dict(state: TrainState) -> dict[str, Any]:
         return {name: leaf.get_value() for name, leaf in flat(state).items()}
 
     return {"trained": values(state.params), "mu": values(adam.mu), "nu": values(adam.nu), "count": adam.count}
+
+
+def _describe(arrays: Any) -> dict[str, Any]:
+    """The shape and dtype of each array."""
+    flat_arrays = jax.tree_util.tree_flatten_with_path(getattr(arrays, "tree", arrays))[0]
+    return {jax.tree_util.keystr(path): (tuple(x.shape), jnp.dtype(x.dtype)) for path, x in flat_arrays}
+
+
+@functools.cache
+def _plain_path(directory: Any) -> Any:
+    """The directory, or a link to it if Orbax would misread its path: it expands patterns in its own paths, and
+    TensorStore takes backslashes for slashes and needs UTF-8."""
+    if "://" in str(directory) or (not re.search(r"[*?[\]\\:]", str(directory)) and str(directory).isprintable()):
+        return directory
+    processes.require_single_process(f"the directory {short_repr(str(directory))}, whose name has special characters,")
+    with paths.reporting(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    link = paths.temporary_directory() / "checkpoints"
+    link.symlink_to(directory, target_is_directory=True)
+    return link
 
 
 def _uncommitted(x: jax.Array) -> jax.Array:

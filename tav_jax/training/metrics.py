@@ -1,5 +1,6 @@
 """Metrics of a run, in `metrics.jsonl` and, if the config says so, in TensorBoard and Weights & Biases."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,8 @@ from jaxtyping import UInt8
 
 from tav_jax.distributed import processes
 from tav_jax.errors import MissingError, install_command
+from tav_jax.io import paths
+from tav_jax.training.derived import read_steps
 from tav_jax.training.run_directory import RunDirectory
 
 FILE = "metrics.jsonl"
@@ -34,7 +37,7 @@ class Metrics:
         self, directory: RunDirectory, step: int, *, tensorboard: bool = False, wandb: str = "", config: Any = None
     ):
         self.directory = directory
-        lines = [line for line in (directory.read(FILE) or "").splitlines() if _step_of_line(line) <= step]
+        lines = processes.run_on_primary("reading the metrics", lambda: read_steps(directory, FILE, step, print))
         text = "".join(f"{line}\n" for line in lines)
         directory.write(FILE, text)
         self.local = directory.local / FILE
@@ -58,7 +61,8 @@ class Metrics:
         now = time.perf_counter()
         values = {**values, "seconds": round(now - self.last_time, 4)}
         self.last_time = now
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        with paths.reporting(self.local):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"train/{name}", value, step)
@@ -81,26 +85,22 @@ class Metrics:
         continues there does not write the earlier lines again."""
         if not self.primary:
             return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        if self.directory.remote:
-            (self.directory / FILE).write_bytes(self.local.read_bytes())
-            if self.tensorboard:
-                self.tensorboard.flush()
-                self.directory.publish_directory("tensorboard")
+        with paths.reporting(self.directory / FILE):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            if self.directory.remote:
+                (self.directory / FILE).write_bytes(self.local.read_bytes())
+                if self.tensorboard:
+                    self.tensorboard.flush()
+                    self.directory.publish_directory("tensorboard")
 
     def close(self) -> None:
-        self.publish()
-        self.file.close()
+        try:
+            self.publish()
+        finally:
+            with contextlib.suppress(OSError):  # reported by `publish`
+                self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def _step_of_line(line: str) -> float:
-    """Infinity for an incomplete line."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -12,7 +12,7 @@ from tav_jax.distributed import processes, sharding
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io.video import Clip, load_video
 from tav_jax.io.weights import Components
-from tav_jax.training import environment
+from tav_jax.training import derived, environment
 from tav_jax.training.checkpoint import Checkpoints
 from tav_jax.training.run_directory import RunDirectory, file_names
 from tav_jax.training.train_step import TrainState, trainable_filter
@@ -107,10 +107,12 @@ class Run:
         metadata of its checkpoints."""
         config = configs.to_json(self.config)
         self.directory.write("config.json", config)
-        previous = json.loads(self.directory.read("environment.json") or "{}")
-        earlier = previous.pop("earlier", []) + ([previous] if previous else [])
-        record = {**environment.describe(), **session, "earlier": earlier}
-        self.directory.write("environment.json", json.dumps(record, indent=2) + "\n")
+        if processes.is_primary():
+            previous = derived.read_object(self.directory, "environment.json", log)
+            earlier = previous.pop("earlier", [])
+            earlier = [*(earlier if isinstance(earlier, list) else [earlier]), *([previous] if previous else [])]
+            record = {**environment.describe(), **session, "earlier": earlier}
+            self.directory.write("environment.json", json.dumps(record, indent=2) + "\n")
         return {"fingerprint": session["base"], "config": json.loads(config)}
 
     def previews_due(self, step: int) -> bool:

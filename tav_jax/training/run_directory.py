@@ -1,7 +1,9 @@
 """The directory of a run, on this machine or in a bucket.
 
-Buckets do not support appending, renaming and locks. So every file is first written completely on this machine, as a
-scratch file, and then published: by a rename in a local directory, by an upload to a bucket.
+Buckets do not support appending, renaming and locks. So every file is first written completely on this machine, in a
+scratch directory, and then published: by a rename in a local directory, by an upload to a bucket.
+
+A run can be read from a directory of another user. Links in it are not followed by anything that writes.
 
     config.json  environment.json  metrics.jsonl  checkpoints/  previews/  inversions/  edits/
 """
@@ -12,11 +14,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import socket
 import tempfile
 import time
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,29 +28,22 @@ from filelock import FileLock, Timeout
 
 from tav_jax import config as configs
 from tav_jax.distributed import processes
-from tav_jax.errors import InputError, short_repr
+from tav_jax.errors import InputError
+from tav_jax.io import paths
+from tav_jax.io.paths import bucket
 
-HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-SCRATCH = re.compile(r"\.+([0-9a-f]{8})-(\d+)\..+")  # two dots: `Clip.save` has a scratch file of its own
-MAX_AGE = 24 * 3600  # seconds; the age at which scratch files of other machines are removed
 LOCK, LOCK_HOLDER = ".lock", ".lock.json"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has no locks
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # by Windows
 DIGEST = re.compile(r"-[0-9a-f]{8}([0-9a-f]{32})?$")
 
 
-def bucket(path: str) -> Any:
-    from etils import epath
-
-    return epath.Path(path)
-
-
 class RunDirectory:
     def __init__(self, path: str | Path):
         self.remote = "://" in str(path)
-        self.path: Any = bucket(str(path)) if self.remote else Path(path).expanduser().absolute()
-        # Where scratch files are written. On one file system with `path`, so that a file can be published by a rename.
-        self.local = Path(tempfile.mkdtemp(prefix="tav_jax_run_")) if self.remote else self.path
+        self.path: Any = bucket(str(path)) if self.remote else paths.local_path(path)
+        # Where files are written first. On one file system with `path`, so that a file can be published by a rename.
+        self.local = paths.temporary_directory() if self.remote else self.path
 
     def __str__(self) -> str:
         return str(self.path)
@@ -57,20 +52,15 @@ class RunDirectory:
         return self.path / name
 
     def check_writable(self) -> None:
-        """Refuse a local path that is not a directory or not writable. Creates nothing."""
-        if self.remote:
-            return
-        existing = self._existing()
-        if not existing.is_dir():
-            raise InputError(f"{existing} is a file; give a directory")
-        if not os.access(existing, os.W_OK):
-            raise InputError(f"{existing} is not writable; give another directory or change its permissions")
+        """Refuse a local path that is not a directory or not writable. Leaves nothing there."""
+        if not self.remote:
+            paths.check_writable(self.path)
 
     def check_shared(self) -> None:
         """Refuse a local directory that is not the same in all processes. Process 0 creates a marker file there."""
         if not processes.is_multiprocess() or self.remote:
             return
-        existing = self._existing()
+        existing = paths.nearest_existing(self.path)
 
         def create_marker() -> str:
             with contextlib.suppress(OSError):  # not writable, but perhaps readable
@@ -94,16 +84,14 @@ class RunDirectory:
                 "processes share, such as one in a bucket (gs://…)"
             )
 
-    def _existing(self) -> Path:
-        return next(path for path in (self.path, *self.path.parents) if path.exists())
-
     @property
     def has_run(self) -> bool:
         return processes.run_on_primary("looking for a run", (self.path / "config.json").exists)
 
     def create(self) -> None:
         if processes.is_primary():
-            self.path.mkdir(parents=True, exist_ok=True)
+            with paths.reporting(self):
+                self.path.mkdir(parents=True, exist_ok=True)
         processes.gather("creating the directory", None)  # wait for process 0
 
     @contextlib.contextmanager
@@ -116,8 +104,10 @@ class RunDirectory:
         if self.remote or not processes.is_primary():
             yield
             return
-        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        existing = paths.nearest_existing(self.path)
+        created = [path for path in (self.path, *self.path.parents) if path.is_relative_to(existing)][:-1]
+        with paths.reporting(self):
+            self.path.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(self.path / LOCK), self.path / LOCK_HOLDER
         try:
             self._acquire(lock)
@@ -140,62 +130,76 @@ class RunDirectory:
 
     def _acquire(self, lock: FileLock) -> None:
         file = self.path / LOCK
-        if file.is_symlink():
-            raise InputError(f"{file} is a symbolic link; remove it, or give another --workdir")
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            kind = "symbolic link" if file.is_symlink() else "directory or a pipe"
+            raise InputError(f"{file} is a {kind}; remove it, or give another --workdir")
         try:
+            with contextlib.suppress(OSError):
+                _remove_lock_of_another_user(file)
             lock.acquire(timeout=0.1)
         except Timeout:
-            try:
-                holder = json.loads((self.path / LOCK_HOLDER).read_text())
-                name = "process {pid} on {host} since {since}".format(**holder)
-            except (OSError, ValueError, KeyError, TypeError):  # it has not been written yet
-                name = "another process"
-            raise InputError(f"{self} is in use by {name}; wait for it or stop it, or give another --workdir") from None
+            raise InputError(
+                f"{self} is in use by {self._holder()}; wait for it or stop it, or give another --workdir"
+            ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise InputError(f"{file} cannot be locked ({_reason(error)}); give another --workdir") from error
+                fix = "remove it, or give another --workdir"
+                raise InputError(f"{file} cannot be locked ({paths.reason(error)}); {fix}") from error
+
+    def _holder(self) -> str:
+        try:
+            return "process {pid} on {host} since {since}".format(**json.loads(self.read(LOCK_HOLDER) or ""))
+        except (ValueError, KeyError, TypeError, RecursionError):  # it has not been written yet
+            return "another process"
 
     def read(self, name: str) -> str | None:
-        file = self.path / name
-        return file.read_text() if file.exists() else None
+        """The text of a file, None if it does not exist."""
+        return paths.read_text(self.path / name)
 
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically, in process 0 only."""
         if processes.is_primary():
             with self.writing(name) as scratch:
-                scratch.write_text(text)
+                scratch.write_text(text, "utf-8")
 
     def read_config(self) -> Any:
         return configs.from_json(self.read("config.json") or "")
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A scratch file that is published as `name` at the end, or removed after an error."""
-        scratch = None
-        try:
-            scratch = self.scratch(name)
-            yield scratch
-            if self.remote:
-                self._upload(scratch, name)
-            else:
-                with open(scratch, "rb") as written:
-                    os.fsync(written.fileno())  # otherwise the file may be empty after a power failure
-                os.replace(scratch, self.path / name)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            fix = "free some space there" if full else "give a directory that is writable"
-            raise InputError(
-                f"{self.path / name} could not be written ({_reason(error)}); {fix} and run the same command again"
-            ) from error
-        finally:
-            if scratch:
-                scratch.unlink(missing_ok=True)
-
-    def scratch(self, name: str) -> Path:
-        """The path of a scratch file for `name`: a hidden file beside it, with the host and process in its name."""
+        """The path of a file to write. It is published as `name` at the end, or removed after an error."""
         final = self.local / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        return final.with_name(f".{HOST}-{os.getpid()}.{final.name}")
+        with paths.reporting(self.path / name):
+            self.make_directory(str(Path(name).parent))
+            paths.remove_abandoned(final.parent)
+            with paths.scratch_directory(final.parent) as directory:
+                scratch = directory / final.name
+                yield scratch
+                if self.remote:
+                    self._upload(scratch, name)
+                else:
+                    with open(scratch, "rb") as written:
+                        os.fsync(written.fileno())  # otherwise the file may be empty after a power failure
+                    os.replace(scratch, final)
+
+    def make_directory(self, name: str) -> Path:
+        """Create a subdirectory on this machine, unless there is one. Refuses a link to a place outside of the run,
+        where files of other programs could be overwritten."""
+        directory = self.local / name
+        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.resolve().is_relative_to(self.local.resolve()):
+            raise InputError(f"{directory} is a link out of {self}; replace it by a directory, or link all of {self}")
+        return directory
+
+    def set_aside(self, name: str, problem: str) -> str:
+        """Rename a file that cannot be used, so that a new one can be written. Returns a sentence about it."""
+        kept = f"{name}.damaged-{secrets.token_hex(4)}"
+        with paths.reporting(self.path / name):
+            if self.remote:
+                (self.path / kept).write_bytes((self.path / name).read_bytes())
+            else:
+                (self.path / name).rename(self.path / kept)
+        return f"{self.path / name} {problem}; it is kept as {kept}, and a new one is begun."
 
     def publish_directory(self, name: str) -> None:
         """Publish a directory that another library has written to `local`."""
@@ -218,33 +222,24 @@ class RunDirectory:
         return target
 
     def remove_scratch(self) -> None:
-        """Remove the scratch files of processes that have ended. Those of other machines, whose processes are unknown,
-        are removed when they are older than `MAX_AGE`."""
+        """Remove what killed processes have left in a local directory."""
         if self.remote or not processes.is_primary():
             return
-        for directory, subdirectories, files in os.walk(self.path):
+        for directory, subdirectories, _ in os.walk(self.path):
             if Path(directory) == self.path and "checkpoints" in subdirectories:
                 subdirectories.remove("checkpoints")  # Orbax removes its own
-            for name in files:
-                if (match := SCRATCH.fullmatch(name)) and _is_abandoned(Path(directory, name), *match.groups()):
-                    Path(directory, name).unlink(missing_ok=True)
+            paths.remove_abandoned(Path(directory))
 
 
-def _is_abandoned(file: Path, host: str, pid: str) -> bool:
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        if host != HOST:
-            return time.time() - file.stat().st_mtime > MAX_AGE
-        if int(pid) == os.getpid():  # an earlier process had the same number, as is common in containers
-            return True
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-    return False
+def _remove_lock_of_another_user(file: Path) -> None:
+    """Remove a lock file that cannot be opened for writing, if nobody holds it."""
+    if not file.exists() or os.access(file, os.W_OK):
+        return
+    import fcntl  # such files exist on POSIX only
 
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or short_repr(str(error))).lower()
+    with paths.open_file(file) as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.unlink()
 
 
 def file_names(texts: Sequence[str], *, longest: int = 60) -> list[str]:
