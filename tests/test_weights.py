@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,39 @@ def make_2d(model) -> None:
         down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     )
+
+
+@pytest.mark.parametrize("inflate", [False, True])
+def test_loading_compiles_nothing_but_the_temporal_initialization(model, caplog, inflate):
+    """Each program that loading compiles delays every start: most are too small for the persistent cache."""
+    if inflate:
+        make_2d(model)
+        jax.clear_caches()
+    with jax.log_compiles():
+        load(model, "bfloat16")
+    compiled = re.findall(r"Finished XLA compilation of (\S+)", caplog.text)
+    assert compiled == ["jit(_uniform)"] * inflate
+
+
+def test_the_temporal_initialization_of_a_seed():
+    """The values of a layer depend on its name and the seed only, not on the other layers."""
+    path, shape = "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.kernel", (16, 16)
+    key = jax.random.fold_in(jax.random.key(5), zlib.crc32(path.encode()))
+    expected = jax.random.uniform(key, shape, minval=-0.25, maxval=0.25)
+    assert np.array_equal(weights.init_temporal({path: shape}, 5)[path], expected)
+    others = {path.replace("mid_block", name): shape for name in ("a", "z")}
+    assert np.array_equal(weights.init_temporal({path: shape, **others}, 5)[path], expected)
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+def test_conversion_on_the_host_gives_the_values_of_xla(stored):
+    x = np.random.default_rng(0).normal(size=(24, 8, 3, 3)).astype(stored)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        ours = weights.from_torch(x, "conv_in.kernel", dtype)
+        theirs = jax.jit(lambda x, dtype=dtype: x.transpose(2, 3, 1, 0).astype(dtype))(x)
+        assert ours is not None
+        assert ours.dtype == theirs.dtype
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.slow

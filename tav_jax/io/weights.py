@@ -96,21 +96,25 @@ def translate(table: list[tuple[str, str]], name: str) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("is_kernel", "dtype"))
-def _convert(x: Any, *, is_kernel: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """A tensor in the module's layout and dtype, and whether all of it is finite there. torch's kernels are
-    (out, in[, height, width]), the module's ([height, width,] in, out).
+def from_torch(x: np.ndarray, path: str, dtype: Any) -> jax.Array | None:
+    """A tensor in the module's layout and dtype, on the device; None if a value is not finite there.
 
-    On the device this is several times faster than in numpy, and half-precision files are transferred as they are.
+    Numpy converts it: a jitted function would be compiled for each of the dozens of shapes. The axes are permuted by
+    the transfer, because `device_put` reads a transposed view faster than numpy does. torch's kernels are
+    (out, in[, height, width]), the module's ([height, width,] in, out).
     """
-    if is_kernel:
+    with np.errstate(over="ignore"):  # the caller reports an overflow
+        x = x.astype(np.float32) if x.dtype == np.float64 else x
+        x = x.astype(dtype, copy=False)
+    if not np.isfinite(x).all():
+        return None
+    if path.endswith(".kernel"):
         x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    x = x.astype(dtype)
-    return x, jnp.isfinite(x).all()
+    return jax.device_put(x)
 
 
 def to_torch(x: np.ndarray, path: str) -> np.ndarray:
-    """The inverse of `_convert` for the axes, as a view."""
+    """The inverse of `from_torch` for the axes, as a view."""
     if not path.endswith(".kernel"):
         return x
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
@@ -208,38 +212,48 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
         )
 
     digests = {}
-    for path, variable in variables.items():
-        dtype = dtype_of(path)
-        if path not in found:
-            variable.set_value(init_temporal(path, variable.shape, seed).astype(dtype))
-            continue
-        name, raw = found[path].name, np.ascontiguousarray(found[path].read())
-        digests[name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
-        # Waiting for each tensor bounds memory: dispatch is asynchronous, and the raw arrays would accumulate.
-        with np.errstate(over="ignore"):  # an overflow is reported below
-            array, is_finite = jax.block_until_ready(_convert(raw, is_kernel=path.endswith(".kernel"), dtype=dtype))
-        if not is_finite:
+    for path, tensor in found.items():
+        dtype, raw = dtype_of(path), np.ascontiguousarray(tensor.read())
+        digests[tensor.name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
+        # Waiting for each tensor bounds memory: the transfer is asynchronous, and the raw arrays would accumulate.
+        array = jax.block_until_ready(from_torch(raw, path, dtype))
+        if array is None:
             raise WeightsError(
-                f"{root / part}: {name} has values that are NaN, infinite or too large for {jnp.dtype(dtype)}; "
-                "download the component again, or use dtype float32."
+                f"{root / part}: {tensor.name} has values that are NaN, infinite or too large for "
+                f"{jnp.dtype(dtype)}; download the component again, or use dtype float32."
             )
-        variable.set_value(array)
+        variables[path].set_value(array)
+    new = {path: variable for path, variable in variables.items() if path not in found}
+    for path, value in init_temporal({path: variable.shape for path, variable in new.items()}, seed).items():
+        new[path].set_value(jax.device_put(value.astype(dtype_of(path))))
     nnx.update(module, state)
     return digests
 
 
-def init_temporal(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
-    """Initial values of a temporal layer: uniform within ±1/√fan_in for queries, keys and values, zero for the output.
+def init_temporal(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Initial values of temporal layers: uniform within ±1/√fan_in for queries, keys and values, zero for the output.
 
     The inflated UNet then equals the 2D UNet on each frame. The official code initializes the output's bias at random.
     """
-    if path.endswith("norm_temp.scale"):
-        return jnp.ones(shape)
-    if not re.fullmatch(r".+\.attn_temp\.to_[qkv]\.kernel", path):
-        return jnp.zeros(shape)
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    limit = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+    values = {path: np.full(shape, path.endswith("norm_temp.scale"), np.float32) for path, shape in shapes.items()}
+    projections = {path: s for path, s in shapes.items() if re.fullmatch(r".+\.attn_temp\.to_[qkv]\.kernel", path)}
+    if projections:
+        hashes = np.array([zlib.crc32(path.encode()) for path in projections], np.uint32)
+        arrays = _uniform(np.uint32(seed), hashes, tuple(projections.values()))
+        values |= zip(projections, map(np.asarray, arrays), strict=True)
+    return values
+
+
+@functools.partial(jax.jit, static_argnames=("shapes",))
+def _uniform(seed: Any, hashes: Any, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """An array for each shape, uniform within ±1/√fan_in, in one program. Hashes are folded into the key."""
+    key, arrays = jax.random.key(seed), {}
+    for shape in sorted(set(shapes)):  # one operation for the arrays of a shape: it compiles in less time
+        rows, limit = np.flatnonzero([other == shape for other in shapes]), shape[0] ** -0.5
+        keys = jax.vmap(lambda data: jax.random.fold_in(key, data))(hashes[rows])
+        uniform = functools.partial(jax.random.uniform, shape=shape, minval=-limit, maxval=limit)
+        arrays |= zip(rows.tolist(), jax.vmap(uniform)(keys), strict=True)
+    return [arrays[row] for row in range(len(shapes))]
 
 
 def torch_tensors(module: nnx.Module, part: str, *, old_vae_names: bool = False) -> dict[str, np.ndarray]:
