@@ -5,6 +5,7 @@ Formats: safetensors, sharded safetensors with an index, their `.fp16.` variants
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from tav_jax.errors import MissingError, WeightsError, install_command, join_nam
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 MAX_HEADER = MAX_INDEX = 10 << 20  # bytes; at most 0.1 MB in Stable Diffusion, and safetensors accepts 100 MB
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS, MAX_ELEMENTS = 8, 2**48
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # allowed for weights
 
 
@@ -128,14 +129,17 @@ def _read_safetensor(file: Path, name: str) -> np.ndarray:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Refuse what safetensors accepts: lists as entries, objects as dtypes, unknown fields, too many dimensions."""
+    """Refuse what safetensors reads but other readers may not read alike: lists as entries, objects as dtypes, and
+    shapes that no array can have. Unknown fields of an entry are ignored, as in every reader."""
     header.pop("__metadata__", None)
     for name, entry in header.items():
         fields = set(entry) if isinstance(entry, dict) else set()
-        if fields != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
-            raise ValueError(f"expected a dtype, shape and data_offsets, and no more, for tensor {short_repr(name)}")
+        if not fields >= {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
+            raise ValueError(f"expected an object with dtype, shape and data_offsets for tensor {short_repr(name)}")
         if (dimensions := len(entry["shape"])) > MAX_DIMENSIONS:
             raise ValueError(f"{dimensions} dimensions, more than {MAX_DIMENSIONS}, for tensor {short_repr(name)}")
+        if math.prod(size or 1 for size in entry["shape"]) > MAX_ELEMENTS:  # also of an array without elements
+            raise ValueError(f"the shape {entry['shape']} is too large for tensor {short_repr(name)}")
 
 
 def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
