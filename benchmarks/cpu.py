@@ -227,7 +227,7 @@ def write_sd14(model: Path) -> None:
     from flax import nnx
 
     from tav_jax import models
-    from tav_jax.io import diffusers_layout, weights
+    from tav_jax.io import diffusers_layout, export, weights
 
     unet, vae, text = models.UNetConfig.sd1(), models.VAEConfig(), models.ClipTextConfig.sd1()
     configs = dict(diffusers_layout.Layout.open(SMALL).configs)
@@ -238,7 +238,7 @@ def write_sd14(model: Path) -> None:
     kinds = ((models.UNet, unet), (models.VAE, vae), (models.ClipText, text))
     networks = [build(config, rngs=nnx.Rngs(seed)) for seed, (build, config) in enumerate(kinds)]
     shape = diffusers_layout.Layout(SMALL, configs, unet, vae, text)
-    weights.save(weights.Components(shape, *networks, old_vae_names=True, fingerprint=""), model)
+    export.save(weights.Components(shape, *networks, old_vae_names=True, fingerprint=""), model)
 
 
 # ------------------------------------------------------------------------------------------------ the parent process

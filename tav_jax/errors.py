@@ -67,6 +67,10 @@ class InputError(TavError, ValueError):
     """A value that cannot be used: a size, a prompt, a number, a file of the wrong kind."""
 
 
+class ArgumentNameError(InputError, TypeError):
+    """An argument that a method does not have."""
+
+
 class MissingError(TavError, FileNotFoundError):
     """A file, a directory or a package that does not exist."""
 

@@ -7,17 +7,13 @@ noise = tav.invert(clip)
 tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
 """
 
-import contextlib
-import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -27,46 +23,52 @@ from tav_jax.diffusion.samplers import DDIM, Sampler, get_sampler
 from tav_jax.diffusion.schedule import NoiseSchedule, Steps, prompted_steps
 from tav_jax.distributed import memory, processes, sharding
 from tav_jax.errors import InputError
-from tav_jax.io import tokenizer, validation, weights
+from tav_jax.io import export, validation
 from tav_jax.io.diffusers_layout import Layout
+from tav_jax.io.diffusers_names import HubOptions, accept_other_names
+from tav_jax.io.networks import Networks
 from tav_jax.io.progress import Progress, reporter
 from tav_jax.io.validation import Frames, Values
 from tav_jax.io.video import Clip, Edit
+from tav_jax.io.weights import Components
 from tav_jax.kernels import choose_kernel
 from tav_jax.models import Conditioning
 from tav_jax.training import nonfinite
-from tav_jax.training.train_step import Hyperparameters, Posterior, Replay, trainable_filter
+from tav_jax.training.train_step import Hyperparameters, Replay, trainable_filter
 from tav_jax.training.trainer import Trainer, TuningResult
 
 
-class TuneAVideo:
+class TuneAVideo(Networks):
     """A pretrained Stable Diffusion pipeline, inflated to video."""
 
-    def __init__(self, components: weights.Components, dtype: Any, mesh: Mesh | None = None):
-        self.components = components
-        self.mesh = mesh
-        self.dtype = jnp.dtype(dtype)
-        for module in (components.unet, components.vae, components.text_encoder):
-            nnx.update(module, sharding.device_put(nnx.state(module), mesh))
-        self.schedule = NoiseSchedule.from_config(components.layout.configs["scheduler"])
+    def __init__(self, components: Components, dtype: Any, mesh: Mesh | None = None):
+        super().__init__(components, dtype, mesh)
+        self.tuned_prompt = ""  # the prompt last tuned on
         self.source: Clip | None = None  # the clip last tuned on or inverted; edits get its fps and audio
+
+    def __repr__(self) -> str:
+        source = f"{self.source!r}, {self.tuned_prompt!r}" if self.source else "none"
+        return f"TuneAVideo{self.describe()}\n  source clip: {source}"
 
     # ------------------------------------------------------------------------------------------- loading and saving
 
     @classmethod
+    @accept_other_names
     def from_pretrained(
         cls,
         source: str | Path,
         *,
-        dtype: str = "bfloat16",
+        dtype: Any = "bfloat16",
         mesh: tuple[int, int] | None = None,
         frames: int = sharding.DEFAULT_FRAMES,
         size: tuple[int, int] | None = None,
-        seed: int = 0,
+        seed: Any = 0,
         spatial_attention: str = "sparse-causal",
         temporal_attention: bool = True,
         kernel: str = "auto",
         trainable: Sequence[str] = TRAINABLE,
+        variant: str | None = None,
+        **hub: Unpack[HubOptions],
     ) -> "TuneAVideo":
         """Load a directory in the Diffusers layout, a hub id or a bucket path.
 
@@ -75,14 +77,18 @@ class TuneAVideo:
         that `trainable` names stay in float32. `mesh` is (data, frames) on the first devices; the default uses all
         devices and is chosen for a clip of `frames` frames. A `size` (height, width) that the model does not support
         is refused before weights are read. `kernel`: the implementation of spatial attention, see
-        `tav_jax.kernels.attention`. With several processes, all must make the same calls in the same order.
+        `tav_jax.kernels.attention`. `variant`: the weight files to read, such as "fp16"; by default those without a
+        variant, if there are any. `hub`: `revision`, `cache_dir`, `local_files_only`, `force_download` and `token`, as
+        in huggingface_hub. With several processes, all must make the same calls in the same order.
         """
-        check_choice("model.dtype", dtype)
+        dtype, seed = validation.dtype(dtype), validation.seed(seed)
         check_choice("model.spatial_attention", spatial_attention)
         processes.initialize()
         device_mesh = sharding.make_mesh(mesh, frames=frames)
         layout = Layout.open(
             source,
+            variant=variant,
+            hub=hub,
             spatial_attention=spatial_attention,
             temporal_attention=bool(temporal_attention),
             kernel=choose_kernel(kernel, jax.default_backend()),
@@ -91,7 +97,8 @@ class TuneAVideo:
             check_size(*size, layout.vae.downsampling)
         NoiseSchedule.from_config(layout.configs["scheduler"])  # invalid ones are refused before the weights are loaded
         in_float32 = trainable_filter(trainable)
-        components = weights.Components.load(layout, jnp.dtype(dtype), float32_filter=in_float32, seed=seed)
+        options = {"float32_filter": in_float32, "seed": seed, "variant": variant}
+        components = Components.load(layout, jnp.dtype(dtype), **options)
         processes.check_same({f"the fingerprint of {source}": components.fingerprint})
         return cls(components, dtype, device_mesh)
 
@@ -119,61 +126,22 @@ class TuneAVideo:
         run.checkpoints.read_metadata(step)  # a missing checkpoint is found before the base model is loaded
         tav = cls.from_config(run.config)
         run.load_weights(tav.components, step, tav.mesh)
+        tav.tuned_prompt = run.config.clip.prompt
         return tav
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory in the Diffusers layout with the UNet as it is now, under the official code's names."""
-        processes.run_on_primary(f"writing {directory}", lambda: weights.save(self.components, directory))
+    def save_pretrained(self, directory: str | Path, *, two_d: bool = False) -> None:
+        """Write a directory in the Diffusers layout with the UNet as it is now, under the official code's names, and a
+        README.md that says how to load it.
 
-    # ------------------------------------------------------------------------------------------- text and frames
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        return tokenizer.load_tokenizer(self.components.layout.root / "tokenizer")
-
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "n L"]:
-        """Token ids, padded as the model expects. A text that is too long is truncated, with a warning."""
-        encoder = self.components.layout.text_encoder
-        return tokenizer.tokenize(self.tokenizer, texts, encoder.max_position_embeddings, encoder.vocab_size)
-
-    def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
-        """Text embeddings, one row for each text."""
-        ids = self.tokenize([texts] if isinstance(texts, str) else texts)
-        with self.jit_context():
-            return programs.encode_text(self.components.text_encoder, jnp.asarray(ids))
-
-    def encode_video(self, frames: Frames) -> Float[Array, "1 F h w c"]:
-        """Scaled latents: the mean of the VAE's posterior."""
-        return self.posterior(frames).mean
-
-    def posterior(self, frames: Frames) -> Posterior:
-        """Mean and standard deviation of the scaled latents. Tuning samples from them at every step."""
-        frames = validation.frames(frames, self._downsampling)
-        if processes.is_multiprocess():
-            processes.check_same({"the clip": hashlib.blake2b(frames.tobytes(), digest_size=8).hexdigest()})
-        workload, batch_size = self._vae_workload("encoding", *frames.shape[:3])
-        with memory.checked(workload), self.jit_context():
-            mean, std = programs.encode_frames(self.components.vae, jnp.asarray(frames), batch_size=batch_size)
-        return Posterior(mean[None], std[None])  # [1, F, h, w, 4]
-
-    def decode_video(self, latents: Float[Values, "n F h w c"]) -> Float[Array, "n F H W 3"]:
-        """Frames in [0, 1] from scaled latents."""
-        latents, factor = jnp.asarray(latents, jnp.float32), self._downsampling
-        n, frames, height, width, _ = latents.shape
-        workload, batch_size = self._vae_workload("decoding", n * frames, height * factor, width * factor)
-        with memory.checked(workload), self.jit_context():
-            return jax.block_until_ready(programs.decode_frames(self.components.vae, latents, batch_size=batch_size))
-
-    def unet(
-        self, latents: Float[Values, "B F h w c"], timesteps: Int[Values, "B"], text: Float[Values, "B L e"]
-    ) -> Float[Array, "B F h w c"]:
-        """One call of the video UNet."""
-        latents, timesteps = jnp.asarray(latents, jnp.float32), jnp.asarray(timesteps)
-        with self.jit_context():
-            return programs.call_unet(self.components.unet, latents, timesteps, Conditioning(jnp.asarray(text)))
+        With `two_d`, write a plain Stable Diffusion that `StableDiffusionPipeline.from_pretrained` of Diffusers loads.
+        The temporal layers are dropped: it generates images.
+        """
+        options = {"tokenizer": self.tokenizer, "prompt": self.tuned_prompt, "two_d": two_d}
+        processes.run_on_primary(f"writing {directory}", lambda: export.save(self.components, directory, **options))
 
     # ------------------------------------------------------------------------------------------- tuning
 
+    @accept_other_names
     def tune(
         self,
         clip: Frames,
@@ -183,18 +151,19 @@ class TuneAVideo:
         learning_rate: float = 3e-5,
         weight_decay: float = 1e-2,
         max_grad_norm: float = 1.0,
-        seed: int = 33,
+        seed: Any = 33,
         trainable: Sequence[str] = TRAINABLE,
         remat: str | bool = "block",
         progress: bool | None = None,
     ) -> TuningResult:
         """Tune the UNet on a clip and its prompt, in place. `progress` shows a bar, by default when interactive."""
         validation.steps(steps)
+        clip, key = validation.opened(clip), validation.random_key(seed)
         posterior, text = self.posterior(clip), self.encode_text(prompt)
         hyper = Hyperparameters(learning_rate, weight_decay, max_grad_norm)
-        trainer = Trainer(self, posterior, text, hyper=hyper, seed=seed, trainable=trainable, remat=remat)
-        if isinstance(clip, Clip):
-            self.source = clip
+        trainer = Trainer(self, posterior, text, hyper=hyper, seed=key, trainable=trainable, remat=remat)
+        self.tuned_prompt = prompt
+        self.source = clip if isinstance(clip, Clip) else None
         return trainer.run(steps, show_bar=progress)
 
     def replay(
@@ -221,6 +190,7 @@ class TuneAVideo:
 
     # ------------------------------------------------------------------------------------------- inversion and sampling
 
+    @accept_other_names
     def invert(
         self,
         clip: Frames | Float[Values, "1 F h w c"],
@@ -233,11 +203,12 @@ class TuneAVideo:
         """DDIM inversion of a clip, given as frames or latents: the noise from which sampling reconstructs it.
 
         With `return_trajectory`, the latents before the first and after every step, `[steps + 1, 1, F, h, w, 4]`.
-        `progress`: True for a bar, or a function that is called with the number of steps done.
+        `progress`: True for a bar, False for none, a function that is called with the number of steps done, or None for
+        a bar when interactive.
         """
         table = self.schedule.inversion_steps(steps)
-        if isinstance(clip, Clip):
-            self.source = clip
+        clip = validation.opened(clip)
+        self.source = self._source_of(clip)
         if isinstance(clip, Clip) or getattr(clip, "dtype", None) == np.uint8:
             latents = self.encode_video(clip)  # pyright: ignore[reportArgumentType]
         else:
@@ -249,6 +220,13 @@ class TuneAVideo:
         nonfinite.check_latents("the inversion", last, self.dtype.name)
         return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
 
+    @overload
+    def sample(self, prompt: str, **options: Any) -> Edit: ...  # pyright: ignore[reportOverlappingOverload]
+
+    @overload
+    def sample(self, prompt: Sequence[str], **options: Any) -> list[Edit]: ...
+
+    @accept_other_names
     def sample(
         self,
         prompt: str | Sequence[str],
@@ -260,7 +238,7 @@ class TuneAVideo:
         guidance: float = 12.5,
         strength: float = 1.0,
         negative_prompt: str = "",
-        seed: int = 0,
+        seed: Any = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         fps: float | None = None,
@@ -270,9 +248,10 @@ class TuneAVideo:
         """Sample one batch of edited clips: an `Edit` for a single prompt, a list for a list of prompts.
 
         Starts from `latents`, usually the inverted clip, one for all prompts or one for each; without them, from
-        Gaussian noise with this `seed`, `frames` and `size` (height, width). `inversion_steps` is the number of steps
-        in which the latents were inverted, by default `steps`. With `guidance` at 1 or below, only the conditional
-        prediction is computed. `sampler` is a name or an instance of `tav_jax.diffusion.samplers.Sampler`.
+        Gaussian noise with this `seed` (or key of `jax.random`), `frames` and `size` (height, width). `inversion_steps`
+        is the number of steps in which the latents were inverted, by default `steps`. With `guidance` at 1 or below,
+        only the conditional prediction is computed. `sampler` is a name or an instance of
+        `tav_jax.diffusion.samplers.Sampler`.
 
         `strength` is the share of the steps, the last ones, that use the prompt. The steps before them use the empty
         prompt without guidance, which reverses the inversion; they determine the layout, so a smaller strength keeps
@@ -288,6 +267,7 @@ class TuneAVideo:
             latents = self.noise(seed, frames, size)
         else:
             latents = validation.latents(latents, self._channels, prompts=len(prompts))
+            validation.requested_shape(latents, frames, size, self._downsampling)
         scale = guidance if guidance > 1 else None
         negative = [] if scale is None else [negative_prompt] * len(prompts)
         prompted = Conditioning(self.encode_text([*negative, *prompts]))  # [2P or P, L, D]
@@ -336,7 +316,7 @@ class TuneAVideo:
             audio=self.source.audio if self.source else None,
         )
 
-    def noise(self, seed: int, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
+    def noise(self, seed: Any, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
         """Standard normal latents. Frames and size (height, width) are by default those of the source clip."""
         if self.source is not None:
             frames = len(self.source.frames) if frames is None else frames
@@ -347,28 +327,15 @@ class TuneAVideo:
             raise InputError(f"frames is {frames}; at least 1 is needed")
         check_size(*size, self._downsampling)
         height, width = (side // self._downsampling for side in size)
-        return jax.random.normal(jax.random.key(seed), (1, frames, height, width, self._channels))
+        return jax.random.normal(validation.random_key(seed), (1, frames, height, width, self._channels))
 
     # ------------------------------------------------------------------------------------------- internals
 
-    @property
-    def _downsampling(self) -> int:
-        return self.components.vae.config.downsampling
-
-    @property
-    def _channels(self) -> int:
-        return self.components.unet.config.in_channels
-
-    @property
-    def memory_estimator(self) -> memory.Estimator:
-        return memory.Estimator.of(self.components.unet, self.components.vae, self.dtype, self.mesh)
-
-    def jit_context(self) -> contextlib.AbstractContextManager[None]:
-        """The context of every jitted call: the mesh, and the precision of matrix products."""
-        return programs.jit_context(self.dtype, self.mesh)
-
-    def _vae_workload(self, name: str, frames: int, height: int, width: int) -> tuple[memory.Workload, int]:
-        """What the VAE needs for a clip, and how many frames it processes at a time."""
-        batch_size = functools.partial(programs.vae_batch_size, mesh=self.mesh)
-        workload = self.memory_estimator.autoencoding(name, memory.Shape(frames, height, width), batch_size)
-        return workload, batch_size(frames, height, width)
+    def _source_of(self, clip: Any) -> Clip | None:
+        """The clip that inverted values are of: themselves, or the source if they can be its frames or latents."""
+        if isinstance(clip, Clip) or self.source is None:
+            return clip if isinstance(clip, Clip) else None
+        frames, factor, shape = self.source.frames, self._downsampling, np.shape(clip)
+        latents = (1, len(frames), frames.shape[1] // factor, frames.shape[2] // factor, self._channels)
+        is_source = np.array_equal(clip, frames) if len(shape) == 4 else shape == latents
+        return self.source if is_source else None

@@ -997,10 +997,10 @@ def test_directory_without_write_permission(tmp_path, name):
 
 
 def test_invalid_clips_and_names_are_not_saved(tmp_path):
-    with pytest.raises(InputError, match=r"'out.avi' has the suffix '.avi'; use .mp4 or .gif"):
+    with pytest.raises(InputError, match=r"'out.avi' has the suffix '.avi'; use .mp4, .webm or .gif, or a name"):
         NOISE.save(tmp_path / "out.avi")
     (tmp_path / "dir.mp4").mkdir()
-    with pytest.raises(InputError, match=r"dir.mp4 is a directory; use the name of a file"):
+    with pytest.raises(InputError, match=r"dir.mp4 is a directory; use the name of a file, or end it"):
         NOISE.save(tmp_path / "dir.mp4")
     with pytest.raises(InputError, match=r"out.mp4 is 8×16392 pixels, more than 16384 on a side"):
         Clip(np.zeros((1, 8, 16392, 3), np.uint8), 8.0).save(tmp_path / "out.mp4")

@@ -1,10 +1,8 @@
 """Loading and saving weights: the tables of names, every file layout in use, and tensors that do not match."""
 
-import dataclasses
 import json
 import os
 import re
-import shutil
 import zlib
 
 import jax
@@ -13,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import refusal
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import TuneAVideo
@@ -89,9 +86,6 @@ def test_saving_a_loaded_pipeline_gives_the_same_files(case, tmp_path):
     assert same(state(load(tmp_path / "again")), state(case.tav))
     index = json.loads((tmp_path / "again/model_index.json").read_text())
     assert index["_class_name"] == "TuneAVideoPipeline"
-    assert (tmp_path / "again").stat().st_mode & 0o777 == 0o755
-    for file in (tmp_path / "again").rglob("*.safetensors"):
-        assert file.stat().st_mode & 0o777 == 0o644
     assert os.listdir(tmp_path) == ["again"]
 
 
@@ -356,22 +350,6 @@ def test_an_inflated_unet_without_some_temporal_tensors_is_refused(model):
         load(model)
 
 
-def test_saving_never_overwrites_and_leaves_no_incomplete_directory(sd1, tmp_path, monkeypatch):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists and is not an empty directory"):
-        sd1.tav.save_pretrained(tmp_path / "full")
-    assert os.listdir(tmp_path / "full") == ["notes.txt"]
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(weights, "torch_tensors", full_disk)
-    with pytest.raises((OSError, InputError)):
-        sd1.tav.save_pretrained(tmp_path / "new")
-    assert os.listdir(tmp_path) == ["full"]
-
-
 def test_options_are_checked(sd1):
     with pytest.raises(InputError, match="dtype is 'int8'; it must be one of bfloat16, float16, float32"):
         sd1.load("int8")
@@ -384,28 +362,3 @@ def test_one_value_of_a_kernel_is_at_its_transposed_index(sd1):
     ours = sd1.tav.components.unet.conv_in.kernel.get_value()  # [height, width, in, out]
     assert ours[2, 0, 3, 5] == theirs[5, 3, 2, 0]
     assert isinstance(ours, jax.Array)
-
-
-def test_saving_copies_only_known_files_of_the_tokenizer(sd1, tmp_path):
-    """A downloaded directory may contain links to private files of this machine."""
-    shutil.copytree(sd1.model, tmp_path / "model")
-    (tmp_path / "secret").write_text("mine")
-    (tmp_path / "model/tokenizer/notes.txt").symlink_to(tmp_path / "secret")
-    (tmp_path / "model/tokenizer/directory").mkdir()
-    layout = dataclasses.replace(sd1.tav.components.layout, root=tmp_path / "model")
-    weights.save(dataclasses.replace(sd1.tav.components, layout=layout), tmp_path / "out")
-    written = {file.name for file in (tmp_path / "out/tokenizer").iterdir()}
-    assert written == {file.name for file in (sd1.model / "tokenizer").iterdir()} <= set(weights.TOKENIZER_FILES)
-    assert not any(file.read_bytes() == b"mine" for file in (tmp_path / "out").rglob("*") if file.is_file())
-
-
-def test_a_failed_write_of_tensors_is_one_sentence_and_leaves_nothing(sd1, tmp_path, monkeypatch):
-    """safetensors has an error class of its own, also for a full disk."""
-
-    def fail(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(weights, "save_file", fail)
-    with pytest.raises(InputError, match=r"out could not be written \(Error while serializing.*free some space"):
-        sd1.tav.save_pretrained(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

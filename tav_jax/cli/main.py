@@ -109,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--workdir", required=True, help="the directory of a `tav train` run")
     export.add_argument("--out", required=True, help="the directory to write, new or empty")
     export.add_argument("--step", type=int, help="use the checkpoint of this step (default: the newest)")
+    two_d = "write a plain Stable Diffusion that Diffusers opens: without the temporal layers, it generates images"
+    export.add_argument("--two-d", action="store_true", help=two_d)
 
     summary = "report whether a run fits a TPU, without having one"
     settings = SETTINGS + "  --config.model.path=sd1      or sd2, a directory, or a hub id that contains either"

@@ -92,12 +92,11 @@ def edit_clip(result: DemoResult, prompts: Sequence[str], expected: Sequence[Dem
         tav = TuneAVideo.from_pretrained(MODEL, dtype="float32", seed=settings.seed)
     with timed("tuning"):
         tuned = tav.tune(clip, caption, steps=settings.steps, learning_rate=settings.learning_rate, seed=settings.seed)
-    progress = sys.stderr.isatty() or None
     with timed("inverting"):
-        noise = tav.invert(clip, steps=settings.inversion_steps, progress=progress)
+        noise = tav.invert(clip, steps=settings.inversion_steps)
     with timed("sampling"):
         options = {"steps": settings.sampling_steps, "guidance": settings.guidance, "strength": settings.strength}
-        result.edits = tav.sample(prompts, latents=noise, progress=progress, **options)
+        result.edits = tav.sample(prompts, latents=noise, **options)
     with timed("evaluating", len(prompts)):
         result.evaluations = [evaluate(e.frames, clip) for e, clip in zip(result.edits, expected, strict=True)]
     with timed("reconstructing"):
@@ -109,7 +108,7 @@ def edit_clip(result: DemoResult, prompts: Sequence[str], expected: Sequence[Dem
 def reconstruction_psnr(tav: TuneAVideo, clip: Clip, caption: str, settings: Settings) -> float:
     """PSNR in dB of a clip that is inverted and sampled with its own caption, against the clip encoded and decoded."""
     latents = tav.encode_video(clip)
-    noise = tav.invert(latents, steps=settings.inversion_steps, prompt=caption)
-    sampled = tav.sample(caption, latents=noise, steps=settings.sampling_steps, guidance=1.0)
+    noise = tav.invert(latents, steps=settings.inversion_steps, prompt=caption, progress=False)
+    sampled = tav.sample(caption, latents=noise, steps=settings.sampling_steps, guidance=1.0, progress=False)
     reference, reconstruction = (np.asarray(tav.decode_video(x), np.float64) for x in (latents, sampled.latents))
     return float(-10 * np.log10(max(np.mean((reference - reconstruction) ** 2), 1e-12)))

@@ -64,11 +64,16 @@ class Layout:
     unet: UNetConfig
     vae: VAEConfig
     text_encoder: ClipTextConfig
+    source: str = ""  # the hub id, the bucket path, or the name of the directory
 
     @classmethod
-    def open(cls, source: str | Path, **unet_options) -> "Layout":
-        """Download a bucket path or hub id, and check the whole directory before any tensor is read."""
-        root = _local_directory(source)
+    def open(
+        cls, source: str | Path, *, variant: str | None = None, hub: Mapping[str, Any] | None = None, **unet_options
+    ) -> "Layout":
+        """Download a bucket path or hub id, and check the whole directory before any tensor is read. `variant` and
+        `hub` (options of `snapshot_download`) are for hub ids."""
+        root = _local_directory(source, variant, hub or {})
+        _refuse_links(root)
         index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
         for part, family in OTHER_FAMILIES.items():
             if part in index or (root / part).is_dir():
@@ -89,10 +94,29 @@ class Layout:
                 f"{root}: the text encoder's hidden_size is {text.hidden_size} and the UNet's cross_attention_dim is "
                 f"{unet.cross_attention_dim}; they are from different pipelines. Use both from the same one."
             )
-        return cls(root, configs, unet, vae, text)
+        name = root.resolve().name if Path(source).expanduser() == root else str(source)
+        return cls(root, configs, unet, vae, text, name)
 
 
-def _local_directory(source: str | Path) -> Path:
+def _refuse_links(root: Path) -> None:
+    """Refuse links out of the directory, which could lead to private files of this machine. In the hub's cache,
+    files are links to the blobs of their repository."""
+    inside = [root.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    for path in (root / "model_index.json", *(p for part in CONFIGS for p in (root / part, *(root / part).glob("*")))):
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError) as error:  # a cycle of links
+            raise WeightsError(f"{path} cannot be read ({short_repr(str(error))}); download it again.") from error
+        if not any(target.is_relative_to(place) for place in inside):
+            raise WeightsError(
+                f"{path} is a link to {target}, outside of the pipeline's directory; replace it with a copy, for "
+                f"example by `cp -rL {root} COPY`"
+            )
+
+
+def _local_directory(source: str | Path, variant: str | None, hub: Mapping[str, Any]) -> Path:
     """The pipeline's directory on this machine, downloaded if `source` is a bucket path or a hub id."""
     name = str(source)
     if "://" in name:
@@ -106,7 +130,7 @@ def _local_directory(source: str | Path) -> Path:
     # A hub id is `owner/name`.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise MissingError(f"{path} does not exist. {SOURCE_HELP}")
-    return _from_hub(name)
+    return _from_hub(name, variant, hub)
 
 
 def _from_bucket(root: epath.Path) -> Path:
@@ -123,14 +147,16 @@ def _from_bucket(root: epath.Path) -> Path:
     return local
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, variant: str | None, hub: Mapping[str, Any]) -> Path:
     import huggingface_hub  # slow to import
 
+    of_variant = tuple((f"*/*.{variant}*{suffix}", []) for suffix in (".safetensors", ".bin"))
+    skipped = HUB_IGNORED[:2] if variant else HUB_IGNORED
     root = Path()
     try:
-        for allowed, ignored in HUB_WEIGHTS:
-            allow, ignore = [*HUB_CONFIGS, allowed], [*HUB_IGNORED, *ignored]
-            root = Path(huggingface_hub.snapshot_download(name, allow_patterns=allow, ignore_patterns=ignore))
+        for allowed, ignored in of_variant if variant else HUB_WEIGHTS:
+            patterns = {"allow_patterns": [*HUB_CONFIGS, allowed], "ignore_patterns": [*skipped, *ignored]}
+            root = Path(huggingface_hub.snapshot_download(name, **patterns, **hub))
             if all(any((root / part).glob(allowed.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
                 break
         return root

@@ -22,9 +22,10 @@ def progress_bar(total: int, description: str, show: bool | None = None) -> Any:
 
 @contextmanager
 def reporter(progress: Progress, steps: int, description: str) -> Iterator[Callable[[int], None] | None]:
-    """The function to call with the number of steps done, or None. If `progress` is True, it updates a new bar."""
-    if progress is True:
-        with progress_bar(steps, description, True) as bar:
+    """The function to call with the number of steps done, or None. If `progress` is True, or None in a terminal or a
+    notebook, it updates a new bar."""
+    if progress is None or progress is True:
+        with progress_bar(steps, description, progress) as bar:
             yield counter(bar)
     else:
         yield progress or None

@@ -33,19 +33,22 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def iter_tensors(directory: Path) -> Iterator[Tensor]:
-    """All tensors of a component. Full precision is preferred to `.fp16.`, and safetensors to `.bin`."""
+def iter_tensors(directory: Path, variant: str | None = None) -> Iterator[Tensor]:
+    """All tensors of a component. Without a `variant`, full precision is preferred to `.fp16.`, and safetensors to
+    `.bin`."""
     for suffix, reader in ((".safetensors", _iter_safetensors), (".bin", _iter_bin)):
-        for variant in ("", ".fp16"):
+        for middle in (f".{variant}",) if variant else ("", ".fp16"):
             for stem in STEMS:
-                single = directory / f"{stem}{variant}{suffix}"
+                single = directory / f"{stem}{middle}{suffix}"
                 # Both spellings are in use: Diffusers puts the variant last, other tools put it after the stem.
-                indices = (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json")
+                indices = (f"{stem}{suffix}.index{middle}.json", f"{stem}{middle}{suffix}.index.json")
                 index = next((directory / name for name in indices if (directory / name).is_file()), None)
                 if single.is_file():
                     return reader([single])
                 if index is not None:
                     return reader(_shards(index))
+    if variant:
+        raise MissingError(f"{directory} contains no weights of the variant {variant!r}; use another, or no variant")
     raise MissingError(
         f"{directory} contains no weights: expected {STEMS[directory.name == 'text_encoder']}.safetensors, its sharded "
         "or .fp16 form, or a .bin file. Download the component again."

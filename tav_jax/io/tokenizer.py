@@ -1,5 +1,6 @@
 """CLIP's tokenizer: prompts to token ids."""
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,15 @@ def load_tokenizer(directory: Path) -> Any:
         cause = short_repr(str(error))
         raise WeightsError(f"{directory} is not a readable CLIP tokenizer ({cause}); download it again.") from error
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write the vocabulary of a loaded tokenizer, in the files of this and of earlier versions of transformers."""
+    backend = tokenizer.backend_tokenizer
+    backend.save(str(directory / "tokenizer.json"))
+    backend.model.save(str(directory))  # vocab.json and merges.txt
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int, vocab_size: int = 2**31) -> Int[np.ndarray, "n L"]:

@@ -1,19 +1,65 @@
 """Checks of the arrays and numbers that a caller passes."""
 
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
-from tav_jax.config import check_size
-from tav_jax.errors import InputError
-from tav_jax.io.video import Clip
+from tav_jax.config import RANGES, check_choice, check_size
+from tav_jax.errors import InputError, short_repr
+from tav_jax.io.video import Clip, load_video
 
 Values = Array | np.ndarray
-Frames = Clip | UInt8[np.ndarray, "F H W 3"]
+Frames = Clip | UInt8[np.ndarray, "F H W 3"] | str | Path  # a path is that of a video or a directory of images
+
+
+def dtype(value: Any) -> str:
+    """The name of a dtype, given as a name or as a dtype of JAX, numpy or torch. Must be one of `config.DTYPES`."""
+    if type(value).__module__ == "torch":
+        value = str(value).removeprefix("torch.")
+    if not isinstance(value, str) and value is not None:  # numpy takes None for float64
+        with contextlib.suppress(TypeError):
+            value = np.dtype(value).name
+    check_choice("model.dtype", value)
+    # The attention of jax.nn has no float16 elsewhere (jax 0.12): it would fail when it is compiled.
+    if value == "float16" and (platform := jax.default_backend()) != "gpu":
+        raise InputError(
+            f"dtype is float16, which needs a GPU, and the platform is {platform}; use bfloat16 or float32"
+        )
+    return str(value)
+
+
+def seed(value: Any) -> int:
+    low, high = RANGES["seed"]
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise InputError(f"seed is {short_repr(value)}; it must be a whole number from {low} to {high}")
+    return int(value)
+
+
+def random_key(value: Any) -> Key[Array, ""]:
+    """The key of a seed, or a key of `jax.random` as it is."""
+    if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value
+    if isinstance(value, Values) and value.dtype == np.uint32 and value.shape == (2,):  # jax.random.PRNGKey
+        return jax.random.wrap_key_data(jnp.asarray(value))
+    if type(value).__module__.startswith(("torch", "numpy.random")):
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise InputError(f"seed is a {kind}, whose numbers JAX cannot draw; give a whole number or a jax.random.key")
+    return jax.random.key(seed(value))
+
+
+def opened(clip: Any) -> Any:
+    """The clip at a path; other values as they are."""
+    return load_video(clip) if isinstance(clip, str | Path) else clip
 
 
 def frames(clip: Frames, factor: int) -> UInt8[np.ndarray, "F H W 3"]:
     """The frames of a clip, whose height and width must be multiples of `factor`."""
+    clip = opened(clip)
     array = np.asarray(clip.frames if isinstance(clip, Clip) else clip)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise InputError(f"the frames are {array.dtype} {list(array.shape)}; expected uint8 [frames, height, width, 3]")
@@ -31,6 +77,14 @@ def latents(values: Values, channels: int, *, prompts: int = 1) -> Float[Array, 
         expected = f"[{'1' if prompts == 1 else f'1 or {prompts}'}, frames, height, width, {channels}]"
         raise InputError(f"the latents are {list(array.shape)}; expected {expected}, with no empty axis")
     return array
+
+
+def requested_shape(latents: Array, frames: int | None, size: tuple[int, int] | None, factor: int) -> None:
+    """Frames and size that are given beside latents must be those of the latents."""
+    _, count, height, width, _ = latents.shape
+    for name, given, value in (("frames", frames, count), ("size", size, (height * factor, width * factor))):
+        if given is not None and given != value:
+            raise InputError(f"{name} is {given!r} and the latents are of {name} {value}; leave {name} out")
 
 
 def steps(count: int) -> None:

@@ -1,11 +1,14 @@
-"""Clips: load frames and audio from a video, save them as MP4 or GIF, and put several clips side by side.
+"""Clips: load frames and audio from a video, save them as a video or as images, and put several clips side by side.
 
 Frames are uint8 RGB `[F, H, W, 3]`, upright, with square pixels, in display order. Read by
 `decoding.py` and `images.py`.
 """
 
+import base64
 import errno
+import html
 import os
+import shutil
 import tempfile
 import uuid
 import warnings
@@ -35,8 +38,12 @@ MAX_BYTES = 4 << 30  # of all selected frames
 MAX_FRAMES = 100_000
 MAX_GIF_DELAY = 65_535  # hundredths of a second
 GAP = 8  # white pixels between clips that are side by side
-# The encoder's output depends on its number of threads, and so on the machine.
-ONE_THREAD = {"x264-params": "threads=1"}
+# Suffix → encoders of video (with options) and audio. A codec's output depends on its number of threads, and so on the
+# machine.
+ENCODERS = {
+    ".mp4": ("libx264", {"crf": "16", "preset": "medium", "x264-params": "threads=1"}, "aac"),
+    ".webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "4", "threads": "1"}, "libopus"),
+}
 Fit = Literal["crop", "stretch"]
 
 
@@ -49,13 +56,19 @@ class Clip:
     audio: Audio | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write an MP4 (H.264 and AAC, which browsers play) or a GIF, by the suffix of the path."""
+        """Write an MP4 (H.264 and AAC, which browsers play), a WebM (VP9 and Opus) or a GIF, by the suffix of the path,
+        or a directory of PNG files if it ends with a slash."""
+        is_directory = str(path).endswith(("/", os.sep))
         path = Path(path).expanduser()
-        write = {".mp4": _write_mp4, ".gif": _write_gif}.get(path.suffix.lower())
+        writers = dict.fromkeys(ENCODERS, _write_video) | {".gif": _write_gif}
+        write = _write_images if is_directory else writers.get(path.suffix.lower())
         if write is None:
-            raise InputError(f"{path.name!r} has the suffix {path.suffix!r}; use .mp4 or .gif")
-        if os.path.isdir(path):
-            raise InputError(f"{path} is a directory; use the name of a file")
+            use = "use .mp4, .webm or .gif, or a name that ends with a slash for a directory of PNG files"
+            raise InputError(f"{path.name!r} has the suffix {path.suffix!r}; {use}")
+        if is_directory and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is not an empty directory; use another name")
+        if not is_directory and os.path.isdir(path):
+            raise InputError(f"{path} is a directory; use the name of a file, or end it with a slash for PNG files")
         if not len(self.frames):
             raise InputError(f"the clip for {path} has 0 frames; save 1 or more")
         decoding.check_frame_size(path, *self.frames.shape[1:3])
@@ -73,11 +86,16 @@ class Clip:
             raise InputError(f"{path} could not be written ({decoding.reason(error)}); {fix}") from error
         finally:
             with suppress(OSError):
-                scratch.unlink(missing_ok=True)
+                shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
         return path
 
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        name, sound = type(self).__name__, ", with sound" if self.audio else ""
+        return f"{name}({count} frame{'s' * (count != 1)} of {height}×{width}, {self.fps:g} fps{sound})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Edit(Clip):
     """A sampled clip, with the fps and the audio of its source clip."""
 
@@ -86,8 +104,20 @@ class Edit(Clip):
     trajectory: Any = None  # the latents after each step, [steps, 1, F, h, w, 4], if requested
 
     def save(self, path: str | Path) -> Path:
-        """Write an MP4 or a GIF, by the suffix. In a multi-process run only the primary process writes."""
+        """As `Clip.save`. In a multi-process run only the primary process writes."""
         return super().save(path) if processes.is_primary() else Path(path)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, prompt={self.prompt!r})"
+
+    def _repr_html_(self) -> str:
+        """The clip as a video in a notebook."""
+        with tempfile.TemporaryDirectory(prefix="tav_jax_") as scratch:
+            data = base64.b64encode(Clip.save(self, Path(scratch) / "edit.mp4").read_bytes()).decode()
+        video = (
+            f'<video src="data:video/mp4;base64,{data}" autoplay loop muted controls style="min-width: 16em"></video>'
+        )
+        return f"<figure>{video}<figcaption>{html.escape(self.prompt)}</figcaption></figure>"
 
 
 def load_video(
@@ -249,25 +279,35 @@ def _resize(
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def _write_mp4(path: Path, clip: Clip) -> None:
+def _write_images(path: Path, clip: Clip) -> None:
+    path.mkdir()
+    for index, frame in enumerate(clip.frames):
+        Image.fromarray(frame).save(path / f"{index:05d}.png")
+
+
+def _write_video(path: Path, clip: Clip) -> None:
+    codec, codec_options, audio_codec = ENCODERS[path.suffix]
+    if missing := {codec, audio_codec} - av.codecs_available:
+        raise InputError(f"this build of PyAV has no encoder {min(missing)} for {path.suffix}; use .mp4 or .gif")
     h, w = clip.frames.shape[1:3]
     rate = Fraction(clip.fps).limit_denominator(100_000)
     # The time scale of the file is a multiple of the frame rate, so that the duration is exact, and fine enough for
     # the audio.
     timescale = rate.numerator * -(-100_000 // rate.numerator)
-    options = {"movflags": "+faststart", "movie_timescale": str(timescale)}
+    options = {"movflags": "+faststart", "movie_timescale": str(timescale)} if path.suffix == ".mp4" else {}
     with av.open(f"file:{path}", "w", options=options) as container:
-        options = {"crf": "16", "preset": "medium", **ONE_THREAD}
-        video = container.add_stream("libx264", rate=rate, options=options)
-        video.width, video.height = w + w % 2, h + h % 2  # H.264 with 4:2:0 chroma needs even sides
+        video: Any = container.add_stream(codec, rate=rate, options=codec_options)
+        video.width, video.height = w + w % 2, h + h % 2  # 4:2:0 chroma needs even sides
         video.pix_fmt = "yuv420p"
         # Players guess the color space from the frame size if the file does not specify it.
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-        audio = None
+        audio: Any = None
         if clip.audio:
-            supported = clip.audio.rate in (av.Codec("aac", "w").audio_rates or ())
-            audio = container.add_stream("aac", rate=clip.audio.rate if supported else 48000, layout=clip.audio.layout)
+            supported = clip.audio.rate in (av.Codec(audio_codec, "w").audio_rates or ())
+            audio = container.add_stream(
+                audio_codec, rate=clip.audio.rate if supported else 48000, layout=clip.audio.layout
+            )
         for index, image in enumerate(clip.frames):
             padded = np.pad(image, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")

@@ -4,12 +4,9 @@ Every tensor of a file must belong to a variable, and every variable needs a ten
 not match are reported together. Tensors are read one at a time and converted to their target dtype.
 """
 
-import contextlib
 import functools
 import hashlib
-import json
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,13 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from tav_jax.distributed import memory
-from tav_jax.errors import InputError, OutOfMemoryError, WeightsError, join_names
-from tav_jax.io import paths
-from tav_jax.io.diffusers_layout import CONFIGS, Layout
+from tav_jax.errors import OutOfMemoryError, WeightsError, join_names
+from tav_jax.io.diffusers_layout import Layout
 from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
 from tav_jax.models import VAE, ClipText, UNet
 
@@ -80,10 +74,6 @@ TO_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
 
 # A buffer that is not a weight, and a projection that Stable Diffusion does not use.
 IGNORED = {"text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight"}
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
 # The layers that inflation adds to a 2D UNet.
 TEMPORAL = re.compile(r".+\.(?:attn_temp|norm_temp)\..+")
 
@@ -152,7 +142,9 @@ class Components:
     fingerprint: str  # of all tensors that were read
 
     @classmethod
-    def load(cls, layout: Layout, dtype, *, float32_filter: Callable[..., bool], seed: int = 0) -> "Components":
+    def load(
+        cls, layout: Layout, dtype, *, float32_filter: Callable[..., bool], seed: int = 0, variant: str | None = None
+    ) -> "Components":
         """Load all components in `dtype`, and the weights of the UNet that `float32_filter` selects in float32."""
         unet, vae = abstract(UNet, layout.unet, dtype), abstract(VAE, layout.vae, dtype)
         text_encoder = abstract(ClipText, layout.text_encoder, dtype)
@@ -166,16 +158,24 @@ class Components:
         def unet_dtype(path: str) -> Any:
             return jnp.float32 if float32_filter(path.split("."), None) else dtype
 
-        digests = fill(unet, layout.root, "unet", unet_dtype, seed)
-        vae_digests = fill(vae, layout.root, "vae", lambda path: dtype)
-        digests |= vae_digests | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype)
+        digests = fill(unet, layout.root, "unet", unet_dtype, seed, variant=variant)
+        vae_digests = fill(vae, layout.root, "vae", lambda path: dtype, variant=variant)
+        digests |= vae_digests | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype, variant=variant)
         old_vae_names = any(name.endswith(".proj_attn.weight") for name in vae_digests)
         lines = "".join(f"{name} {digests[name]} " for name in sorted(digests))
         fingerprint = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
         return cls(layout, unet, vae, text_encoder, old_vae_names, fingerprint)
 
 
-def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], Any], seed: int = 0) -> dict[str, str]:
+def fill(
+    module: nnx.Module,
+    root: Path,
+    part: str,
+    dtype_of: Callable[[str], Any],
+    seed: int = 0,
+    *,
+    variant: str | None = None,
+) -> dict[str, str]:
     """Load the tensors of `root/part` into an abstract module, and initialize the temporal layers of a 2D UNet.
 
     Returns the digest of each tensor by its name in the file.
@@ -183,7 +183,7 @@ def fill(module: nnx.Module, root: Path, part: str, dtype_of: Callable[[str], An
     state = nnx.state(module)
     variables = flat(state)
     unexpected, wrong_shape, wrong_dtype, found = [], [], [], {}
-    for tensor in iter_tensors(root / part):
+    for tensor in iter_tensors(root / part, variant):
         if part in IGNORED and re.fullmatch(IGNORED[part], tensor.name):
             continue
         path = translate(FROM_DIFFUSERS[part], tensor.name)
@@ -266,69 +266,3 @@ def torch_tensors(module: nnx.Module, part: str, *, old_vae_names: bool = False)
             name = name.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
         tensors[name] = np.ascontiguousarray(to_torch(np.asarray(leaf.get_value()), path))
     return tensors
-
-
-def inflated_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A UNet's config as the official code writes it."""
-    blocks = {name: json.loads(json.dumps(config[name]).replace("2D", "3D")) for name in config if "block_type" in name}
-    return {**config, **blocks, "_class_name": "UNet3DConditionModel"}
-
-
-def check_target(directory: str | Path) -> Path:
-    """The path of a directory to write. Raises `InputError` if it exists and is not an empty directory."""
-    target = paths.local_path(directory)
-    paths.check_writable(target.parent)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an empty directory; give another name or remove it first.")
-    return target
-
-
-def save(components: Components, directory: str | Path) -> None:
-    """Write a pipeline directory in the Diffusers layout with the 3D UNet of the official code, which can load it.
-
-    It is written to a scratch directory beside the target, which is then renamed: the target is never incomplete.
-    """
-    target = check_target(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    layout = components.layout
-    paths.remove_abandoned(target.parent)
-    temporary = contextlib.ExitStack()
-    scratch = temporary.enter_context(paths.scratch_directory(target.parent)) / "pipeline"
-    try:
-        for part in CONFIGS:
-            (scratch / part).mkdir(parents=True)
-        # Only known names: a downloaded directory may contain other files, or links to private files of this machine.
-        for file in (layout.root / "tokenizer" / name for name in TOKENIZER_FILES):
-            if file.is_file():
-                shutil.copyfile(file, scratch / "tokenizer" / file.name)
-        for part, config in layout.configs.items():
-            if part != "tokenizer":
-                _write_json(scratch / part / CONFIGS[part], inflated_config(config) if part == "unet" else config)
-        index = {
-            "_class_name": "TuneAVideoPipeline",
-            "_diffusers_version": "0.11.1",
-            "scheduler": ["diffusers", layout.configs["scheduler"].get("_class_name", "DDIMScheduler")],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet3DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-        _write_json(scratch / "model_index.json", index)
-        for part in ("unet", "vae", "text_encoder"):
-            file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-            tensors = torch_tensors(getattr(components, part), part, old_vae_names=components.old_vae_names)
-            save_file(tensors, scratch / part / file, metadata={"format": "pt"})
-            (scratch / part / file).chmod(0o644)  # safetensors creates files that only their owner can read
-        if target.exists():
-            target.rmdir()
-        scratch.rename(target)
-    except (OSError, SafetensorError) as error:
-        fix = "free some space or give another directory"
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target} could not be written ({reason}); {fix}") from error
-    finally:
-        temporary.close()
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -41,7 +41,7 @@ def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
 
 
 def check_trainable(unet: UNet, names: Sequence[str]) -> None:
-    """Refuse names that select no layer, which would train nothing."""
+    """Refuse names that select no layer, which would train nothing, or weights that were rounded when loaded."""
     suffixes = [name for name in names if name not in UNET_PARTS]
     if not suffixes:
         raise InputError(f"trainable {tuple(names)!r} names no layer; give suffixes of names such as {TRAINABLE}")
@@ -50,6 +50,12 @@ def check_trainable(unet: UNet, names: Sequence[str]) -> None:
     if unknown := [name for name in suffixes if name not in ends]:
         known = join_names(difflib.get_close_matches(unknown[0], sorted(ends), cutoff=0.5) or TRAINABLE)
         raise InputError(f"trainable {unknown[0]!r} is not the end of any layer's name; use one such as {known}")
+    selected = [leaf.get_value().dtype for _, leaf in nnx.to_flat_state(nnx.state(unet, trainable_filter(names)))]
+    if rounded := [str(dtype) for dtype in selected if dtype != jnp.float32]:
+        raise InputError(
+            f"trainable {tuple(names)!r} selects weights that were loaded in {rounded[0]}; give the same trainable to "
+            "from_pretrained, which then loads them in float32"
+        )
 
 
 class Hyperparameters(NamedTuple):

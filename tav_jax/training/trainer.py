@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from tav_jax.config import TRAINABLE, remat_name
 from tav_jax.distributed import memory, sharding
+from tav_jax.io import validation
 from tav_jax.io.progress import progress_bar
 from tav_jax.models import Conditioning
 from tav_jax.training import train_step
@@ -33,7 +34,7 @@ class Trainer:
         text: Float[Array, "1 L e"],
         *,
         hyper: Hyperparameters,
-        seed: int = 33,
+        seed: Any = 33,
         trainable: Sequence[str] = TRAINABLE,
         remat: str | bool = "block",
         fsdp: bool = False,
@@ -41,7 +42,7 @@ class Trainer:
         """Start from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
         remat = remat_name(remat)
         train_step.check_trainable(tav.components.unet, trainable)
-        self.tav, self.data, self.trainable, self.key = tav, data, trainable, jax.random.key(seed)
+        self.tav, self.data, self.trainable, self.key = tav, data, trainable, validation.random_key(seed)
         self.graph, params, self.frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
         self.arguments: dict[str, Any] = {
             "conditioning": Conditioning(text),
