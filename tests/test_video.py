@@ -978,7 +978,7 @@ def test_interrupted_save_leaves_the_earlier_file(tmp_path, monkeypatch, earlier
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video, f"_write_{name[-3:]}", interrupted)
+    monkeypatch.setattr(video, "_write_gif" if name.endswith(".gif") else "_write_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         NOISE.save(earlier)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier content"]
