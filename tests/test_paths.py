@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -307,9 +308,12 @@ def test_cache_that_others_can_write_is_not_used(tmp_path, monkeypatch, capsys):
 AS_NOBODY = """
 import os, sys, tempfile
 from tav_jax.errors import TavError
+from tav_jax.io.diffusers_layout import Layout
 from tav_jax.training.run_directory import RunDirectory
 
 def use(path):
+    if path.endswith("model"):
+        return Layout.open(path)
     directory = RunDirectory(path)
     directory.check_writable()
     with directory.lock():
@@ -333,24 +337,28 @@ def test_directories_of_another_user(start_python, tmp_path_factory):
     if os.getuid():
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory() as base:
-        for name in ("", "private/run", "readonly", "shared", "locked"):
+        for name in ("", "private/run", "readonly", "shared", "locked", "model", "part-of-a-model/unet"):
             Path(base, name).mkdir(parents=True, exist_ok=True)
         for name in ("shared", "locked"):
             Path(base, name, LOCK).touch()  # left by a process of root that was killed
         Path(base, "locked", LOCK).chmod(0o600)
-        for name, mode in {"": 0o755, "private": 0o700, "shared": 0o777, "locked": 0o777}.items():
+        modes = {"": 0o755, "private": 0o700, "shared": 0o777, "locked": 0o777, "model": 0, "part-of-a-model/unet": 0}
+        for name, mode in modes.items():
             Path(base, name).chmod(mode)
         names = ("private/run", "private/run/new", "readonly/run", "readonly", "shared", "locked")
+        names = (*names, "model", "part-of-a-model")
         child = start_python(AS_NOBODY, *(f"{base}/{name}" for name in names))
         output, error = child.communicate(timeout=120)
     assert child.returncode == 0, error
-    private, below_private, below_readonly, readonly, shared, locked = output.splitlines()
+    private, below_private, below_readonly, readonly, shared, locked, model, part = output.splitlines()
     assert "private/run cannot be used (permission denied)" in private
     assert "private/run/new cannot be used (permission denied)" in below_private
     assert "readonly is not writable (permission denied)" in below_readonly
     assert "readonly is not writable (permission denied)" in readonly
     assert shared == "ok"
     assert ".lock cannot be locked (permission denied); remove it" in locked
+    assert "model is not readable; change its permissions" in model
+    assert "unet is not readable; change its permissions" in part
 
 
 # ------------------------------------------------------------------------------------------------- the terminal
@@ -403,6 +411,39 @@ def test_streams_accept_any_character_and_may_be_closed(tmp_path, close):
         assert done.stderr == "5 \\xd7 5 \\udcff\nTrue\n"
     if not close:
         assert done.stdout == "5 \\xd7 5 \\udcff\n"
+
+
+EXPORT = """
+import sys, time
+from pathlib import Path
+from tav_jax.cli import main, terminal
+from tav_jax.io import paths
+
+def export(arguments):
+    with paths.scratch_directory(Path(sys.argv[1])) as scratch:
+        (scratch / "model").write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+
+sys.modules["tav_jax.cli.export"] = type(sys)("export")
+sys.modules["tav_jax.cli.export"].run = export
+sys.argv[0] = "tav"
+sys.exit(main.main(["export", "--workdir=x", "--out=y"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
+def test_stopped_export_leaves_no_scratch_files(start_python, tmp_path, number, left):
+    child = start_python(EXPORT, tmp_path)
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(number)
+    _, error = child.communicate(timeout=60)
+    assert len(os.listdir(tmp_path)) == left
+    if not left:
+        assert (child.returncode, error) == (128 + number, "tav: stopped\n")
+    paths.remove_abandoned(tmp_path)  # as the next export does
+    assert not os.listdir(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- names of a run

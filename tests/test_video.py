@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tav_jax.errors import InputError, MissingError, TavError
-from tav_jax.io import caption, decoding, tone_mapping, video
+from tav_jax.io import caption, decoding, paths, tone_mapping, video
 from tav_jax.io.video import Audio, Clip, Edit, load_video, side_by_side
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 170, 60), (30, 40, 210), (128, 128, 128)
@@ -1384,6 +1384,7 @@ def test_video_or_image_directory_in_a_bucket(tmp_path, monkeypatch):
     Clip(frames, 8.0).save(tmp_path / "clip.mp4")
     image_directory(tmp_path / "images", {f"{i}.png": frame for i, frame in enumerate(frames)})
     local = epath.Path(tmp_path)
+    monkeypatch.setattr(paths, "check_bucket", lambda url: None)
     monkeypatch.setattr(epath, "Path", lambda url: local / str(url).removeprefix("gs://bucket/"))
     assert numbers(load_video("gs://bucket/clip.mp4", stride=2).frames) == [0, 2]
     assert numbers(load_video("gs://bucket/images").frames) == [0, 1, 2, 3]
@@ -1397,6 +1398,7 @@ def test_unreachable_bucket(monkeypatch):
     def unreachable(url):
         raise PermissionError("403 no")
 
+    monkeypatch.setattr(paths, "check_bucket", lambda url: None)
     monkeypatch.setattr(epath, "Path", unreachable)
     with pytest.raises(MissingError, match=r"gs://bucket/clip.mp4 cannot be read \(403 no\)"):
         load_video("gs://bucket/clip.mp4")

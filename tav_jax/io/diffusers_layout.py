@@ -73,6 +73,7 @@ class Layout:
         """Download a bucket path or hub id, and check the whole directory before any tensor is read. `variant` and
         `hub` (options of `snapshot_download`) are for hub ids."""
         root = _local_directory(source, variant, hub or {})
+        paths.check_readable(root, *(root / part for part in CONFIGS))
         _refuse_links(root)
         index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
         for part, family in OTHER_FAMILIES.items():

@@ -101,6 +101,13 @@ def check_writable(directory: Path) -> None:
         raise InputError(f"{existing} is not writable ({reason(error)}); {fix}") from error
 
 
+def check_readable(*directories: Path) -> None:
+    """Refuse directories whose files cannot be read."""
+    for directory in directories:
+        if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
+            raise InputError(f"{directory} is not readable; change its permissions or give another directory")
+
+
 @contextlib.contextmanager
 def reporting(file: Any) -> Iterator[None]:
     """Turn an error while `file` is written into one sentence."""

@@ -29,7 +29,7 @@ from PIL import Image
 from tav_jax.config import check_choice, check_size
 from tav_jax.distributed import processes
 from tav_jax.errors import InputError, MissingError, short_repr
-from tav_jax.io import decoding
+from tav_jax.io import decoding, paths
 from tav_jax.io.caption import caption_prompts
 from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, VideoFile
 from tav_jax.io.images import ImageDirectory, ImageFile, is_image
@@ -144,8 +144,9 @@ def load_video(
     """
     _check_request(frames, size, start, stride, fit, fps)
     if "://" in str(path):
-        with tempfile.TemporaryDirectory(prefix="tav_jax_clip_") as scratch:
-            local = _download(str(path), Path(scratch))
+        paths.check_bucket(str(path))
+        with paths.scratch_directory(Path(tempfile.gettempdir())) as scratch:
+            local = _download(str(path), scratch)
             return load_video(local, frames=frames, size=size, start=start, stride=stride, fit=fit, fps=fps)
     path = _check_path(path)
     kind = ImageDirectory if path.is_dir() else ImageFile if is_image(path) else VideoFile
