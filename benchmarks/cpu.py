@@ -62,7 +62,7 @@ def ours(job: str, model: Path, size: Size) -> Job:
 
     from tav_jax import TuneAVideo
     from tav_jax.diffusion import programs
-    from tav_jax.diffusion.samplers import DDIM
+    from tav_jax.diffusion.samplers import DDIM, LoopState
     from tav_jax.models import Conditioning
     from tav_jax.training.train_step import Hyperparameters, Posterior
     from tav_jax.training.trainer import Trainer
@@ -97,8 +97,15 @@ def ours(job: str, model: Path, size: Size) -> Job:
     scale, sampler = jnp.float32(GUIDANCE), DDIM()
 
     def denoise() -> float:
+        start = LoopState(sampler.init(latents))
         state, _ = programs.denoise_loop(
-            tav.components.unet, sampler.init(latents), conditioning, steps, scale, sampler=sampler, **options
+            tav.components.unet,
+            start,
+            conditioning,
+            steps,
+            scale,
+            sampler=sampler,
+            **options,
         )
         return float(state.latents.std())
 

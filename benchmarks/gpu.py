@@ -48,7 +48,9 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
     import jax.numpy as jnp
     from flax import nnx
 
-    from tav_jax.diffusion.guidance import classifier_free_guidance
+    from tav_jax.diffusion.guidance import classifier_free_guidance, without_guidance
+    from tav_jax.diffusion.network import unet_network
+    from tav_jax.diffusion.schedule import Steps
     from tav_jax.models import Conditioning, UNet, UNetConfig
     from tav_jax.plan import hlo
     from tav_jax.training import train_step
@@ -88,14 +90,17 @@ def ours(kernel: str, job: str, a: argparse.Namespace) -> tuple[Step, float, Cal
     else:
         unet = nnx.merge(graph, trained, frozen)
 
-        def network(unet, x, conditioning):
-            def denoise(x, t):
-                return unet(x, jnp.full(x.shape[:1], t), conditioning).astype(jnp.float32)
+        step_500 = Steps(*(jnp.float32(x) for x in (500, 0.3, 0.31, 25, 24)))
 
-            guided = classifier_free_guidance(denoise, jnp.float32(12.5))
-            return (guided if job == "sample" else denoise)(x, jnp.int32(500))
+        def denoise(unet, x, conditioning):
+            network = unet_network(unet)
+            if job == "sample":
+                denoiser = classifier_free_guidance(network, conditioning, jnp.float32(12.5))
+            else:
+                denoiser = without_guidance(network, conditioning)
+            return denoiser(x, step_500, None)[0]
 
-        run = jax.jit(network)
+        run = jax.jit(denoise)
         count = hlo.count_flops(run.trace(unet, latents, conditioning).jaxpr)
 
         def step() -> None:

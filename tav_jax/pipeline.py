@@ -7,7 +7,7 @@ noise = tav.invert(clip)
 tav.sample("spider man is skiing on the beach, cartoon style", latents=noise).save("edit.mp4")
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -19,11 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from tav_jax.config import TRAINABLE, check_choice, check_size
 from tav_jax.diffusion import programs
+from tav_jax.diffusion.editing import edit_mask
 from tav_jax.diffusion.samplers import DDIM, Sampler, get_sampler
 from tav_jax.diffusion.schedule import NoiseSchedule, Steps, prompted_steps
 from tav_jax.distributed import memory, processes, sharding
 from tav_jax.errors import InputError
 from tav_jax.io import export, validation
+from tav_jax.io.controls import EditControls
 from tav_jax.io.diffusers_layout import Layout
 from tav_jax.io.diffusers_names import HubOptions, accept_other_names
 from tav_jax.io.networks import Networks
@@ -44,6 +46,7 @@ class TuneAVideo(Networks):
     def __init__(self, components: Components, dtype: Any, mesh: Mesh | None = None):
         super().__init__(components, dtype, mesh)
         self.tuned_prompt = ""  # the prompt last tuned on
+        self.inversion_residuals: Any = None  # [steps], of the last inversion with iterations
         self.source: Clip | None = None  # the clip last tuned on or inverted; edits get its fps and audio
 
     def __repr__(self) -> str:
@@ -197,16 +200,20 @@ class TuneAVideo(Networks):
         *,
         steps: int = 50,
         prompt: str = "",
+        iterations: int = 1,
         return_trajectory: bool = False,
         progress: Progress = None,
     ) -> Float[Array, "..."]:
         """DDIM inversion of a clip, given as frames or latents: the noise from which sampling reconstructs it.
 
-        With `return_trajectory`, the latents before the first and after every step, `[steps + 1, 1, F, h, w, 4]`.
+        `iterations` above 1 (3 to 5 are usual) solve each step by fixed-point iteration, which reconstructs the clip
+        more exactly; `inversion_residuals` is then how far each step is from a solution. With `return_trajectory`, the
+        latents before the first and after every step, `[steps + 1, 1, F, h, w, 4]`: what `sample` takes as `source`.
         `progress`: True for a bar, False for none, a function that is called with the number of steps done, or None for
         a bar when interactive.
         """
         table = self.schedule.inversion_steps(steps)
+        validation.iterations(iterations)
         clip = validation.opened(clip)
         self.source = self._source_of(clip)
         if isinstance(clip, Clip) or getattr(clip, "dtype", None) == np.uint8:
@@ -215,10 +222,11 @@ class TuneAVideo(Networks):
             latents = validation.latents(clip, self._channels)  # pyright: ignore[reportArgumentType]
         conditioning = Conditioning(self.encode_text(prompt))
         with reporter(progress, steps, "inverting") as report:
-            options = {"sampler": DDIM(), "trajectory": return_trajectory}
-            last, trajectory = self._denoise("inverting", latents, conditioning, table, report=report, **options)
-        nonfinite.check_latents("the inversion", last, self.dtype.name)
-        return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else last
+            options = {"sampler": DDIM(), "trajectory": return_trajectory, "iterations": iterations}
+            state, trajectory = self._denoise("inverting", latents, conditioning, table, report=report, **options)
+        nonfinite.check_latents("the inversion", state.latents, self.dtype.name)
+        self.inversion_residuals = state.denoiser.residuals if iterations > 1 else None
+        return jnp.concatenate([latents[None], trajectory]) if trajectory is not None else state.latents
 
     @overload
     def sample(self, prompt: str, **options: Any) -> Edit: ...  # pyright: ignore[reportOverlappingOverload]
@@ -238,6 +246,15 @@ class TuneAVideo(Networks):
         guidance: float = 12.5,
         strength: float = 1.0,
         negative_prompt: str = "",
+        source: Float[Values, "M+1 1 F h w c"] | None = None,
+        source_prompt: str | None = None,
+        self_attention_steps: float = 0.5,
+        feature_steps: float = 0.8,
+        cross_attention_steps: float = 0.8,
+        equalizer: Mapping[str, float] | None = None,
+        blend_words: Sequence[str] = (),
+        mask: Values | None = None,
+        blend_start: float = 0.2,
         seed: Any = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
@@ -256,6 +273,14 @@ class TuneAVideo(Networks):
         `strength` is the share of the steps, the last ones, that use the prompt. The steps before them use the empty
         prompt without guidance, which reverses the inversion; they determine the layout, so a smaller strength keeps
         more of the clip. (In Diffusers' image-to-image pipelines, `strength` skips the first steps instead.)
+
+        With `source`, the trajectory of the inversion, editing has two branches (`diffusion/editing.py`): the source is
+        denoised beside the edits, with `source_prompt` (by default that of the last tuning). In the first share of the
+        steps, the edits take from it queries and keys of spatial attention (`self_attention_steps`), features of the
+        decoder (`feature_steps`) and the attention to the prompts' shared words (`cross_attention_steps`). `equalizer`
+        has factors on the attention to words. `blend_words`, words of either prompt, and `mask`, of latents or pixels,
+        restrict where an edit changes the source, from the share `blend_start` of the steps on. All of them are arrays:
+        other values compile nothing.
         `progress` is as for `invert`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -263,6 +288,20 @@ class TuneAVideo(Networks):
             raise InputError("the list of prompts is empty; give at least one (an empty string is a valid prompt)")
         validation.strength(strength, from_clip=latents is not None)
         table, sampler = self.schedule.sampling_steps(steps, inversion_steps), get_sampler(sampler)
+        controls = EditControls(
+            source,
+            self.tuned_prompt if source_prompt is None else source_prompt,
+            self_attention_steps,
+            feature_steps,
+            cross_attention_steps,
+            equalizer or {},
+            blend_words,
+            mask,
+            blend_start,
+        )
+        controls.check()
+        if latents is None and source is not None:
+            latents = jnp.asarray(source)[-1]
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:
@@ -270,7 +309,20 @@ class TuneAVideo(Networks):
             validation.requested_shape(latents, frames, size, self._downsampling)
         scale = guidance if guidance > 1 else None
         negative = [] if scale is None else [negative_prompt] * len(prompts)
-        prompted = Conditioning(self.encode_text([*negative, *prompts]))  # [2P or P, L, D]
+        editing, texts = None, [*negative, *prompts]
+        if source is not None:
+            length = self.components.layout.text_encoder.max_position_embeddings
+            editing, by_step = controls.prepare(
+                latents,
+                prompts,
+                self.schedule,
+                steps,
+                inversion_steps or steps,
+                tokenizer_length=(self.tokenizer, length),
+                downsampling=self._downsampling,
+            )
+            table, texts = table._replace(controls=by_step), [controls.source_prompt, *texts]
+        prompted = Conditioning(self.encode_text(texts))  # [(source,) (P unconditional,) P conditional]
         memory.check(self.memory_estimator.denoising("sampling", latents, rows=len(prompted.text)))
 
         unprompted, before = steps - prompted_steps(steps, strength), None
@@ -279,17 +331,25 @@ class TuneAVideo(Networks):
         options = {"sampler": sampler, "trajectory": return_trajectory, "chunk": chunk}
         with reporter(progress, steps, "sampling") as report:
             if unprompted:  # computed once for prompts that share their initial latents
-                empty, first = Conditioning(self.encode_text([""] * len(latents))), table.restart(0, unprompted)
-                latents, before = self._denoise("sampling", latents, empty, first, report=report, **options)
+                empty, first = (
+                    Conditioning(self.encode_text([""] * len(latents))),
+                    table.restart(0, unprompted),
+                )
+                first = first._replace(controls=None)
+                state, before = self._denoise("sampling", latents, empty, first, report=report, **options)
+                latents = state.latents
             options |= {"guidance": scale, "report": report and (lambda done: report(unprompted + done))}
             latents = jnp.broadcast_to(latents, (len(prompts), *latents.shape[1:]))  # [P, F, h, w, 4]
             rest = table.restart(unprompted, steps)
-            latents, trajectory = self._denoise("sampling", latents, prompted, rest, **options)
+            state, trajectory = self._denoise("sampling", latents, prompted, rest, editing=editing, **options)
+            latents, masks = state.latents, None
+            if editing is not None:
+                masks = np.asarray(edit_mask(state.denoiser.word_maps, editing))[..., 0]
         if before is not None and trajectory is not None:  # [N, P, F, h, w, 4]
             trajectory = jnp.concatenate([jnp.broadcast_to(before, (unprompted, *latents.shape)), trajectory])
 
         nonfinite.check_latents("sampling", latents, self.dtype.name)
-        edits = [self._decode_edit(i, text, latents, trajectory, fps) for i, text in enumerate(prompts)]
+        edits = [self._decode_edit(i, text, latents, trajectory, masks, fps) for i, text in enumerate(prompts)]
         return edits[0] if isinstance(prompt, str) else edits
 
     def _denoise(self, name: str, latents, conditioning, steps: Steps, *, chunk=None, report=None, **options: Any):
@@ -302,7 +362,7 @@ class TuneAVideo(Networks):
         with memory.checked(workload), self.jit_context():
             return programs.run_denoise_loop(self.components.unet, latents, conditioning, steps, **options)
 
-    def _decode_edit(self, i: int, prompt: str, latents, trajectory, fps: float | None) -> Edit:
+    def _decode_edit(self, i: int, prompt: str, latents, trajectory, masks, fps: float | None) -> Edit:
         pixels = np.asarray(self.decode_video(latents[i : i + 1]))[0]  # [F, H, W, 3]
         nonfinite.check_latents("the VAE", pixels, self.dtype.name)
         frames = np.rint(pixels * 255).astype(np.uint8)
@@ -313,6 +373,7 @@ class TuneAVideo(Networks):
             prompt=prompt,
             latents=latents[i : i + 1],
             trajectory=None if trajectory is None else trajectory[:, i : i + 1],
+            mask=None if masks is None else masks[i],
             audio=self.source.audio if self.source else None,
         )
 

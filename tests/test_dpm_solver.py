@@ -6,7 +6,7 @@ import pytest
 from test_diffusion import STABLE_DIFFUSION, ddim, schedule
 
 from tav_jax.diffusion.dpm_solver import DPMSolverPP2M
-from tav_jax.diffusion.samplers import DDIM, run_sampler
+from tav_jax.diffusion.samplers import DDIM, LoopState, run_sampler, stateless
 
 
 def latents() -> np.ndarray:
@@ -24,7 +24,9 @@ def ours(table, prediction: str) -> np.ndarray:
     def denoise(x, step):
         return network(x, step.timestep.astype(jnp.float32))
 
-    state, _ = run_sampler(sampler, denoise, sampler.init(jnp.asarray(latents())), table, prediction)
+    state, _ = run_sampler(
+        sampler, stateless(denoise), LoopState(sampler.init(jnp.asarray(latents()))), table, prediction
+    )
     return np.asarray(state.latents)
 
 
@@ -99,7 +101,9 @@ def test_20_steps_are_closer_than_50_of_ddim():
 
     def error(sampler, steps):
         table = s.sampling_steps(steps, 50)
-        state, _ = run_sampler(sampler, denoise, sampler.init(jnp.asarray(latents())), table, "epsilon")
+        state, _ = run_sampler(
+            sampler, stateless(denoise), LoopState(sampler.init(jnp.asarray(latents()))), table, "epsilon"
+        )
         first, last = float(table.alpha[0]), float(table.next_alpha[-1])
         exact = np.sqrt(last) * m + scale(last) * (latents() - np.sqrt(first) * m) / scale(first)
         return np.abs(np.asarray(state.latents) - exact).max()

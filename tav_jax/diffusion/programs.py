@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tav_jax.diffusion.guidance import classifier_free_guidance
-from tav_jax.diffusion.samplers import Sampler, run_sampler
+from tav_jax.diffusion.editing import Editing, two_branch
+from tav_jax.diffusion.guidance import classifier_free_guidance, without_guidance
+from tav_jax.diffusion.inversion import FixedPointState, fixed_point_iteration
+from tav_jax.diffusion.network import unet_network
+from tav_jax.diffusion.samplers import LoopState, Sampler, run_sampler
 from tav_jax.diffusion.schedule import Steps
 from tav_jax.distributed import sharding
-from tav_jax.distributed.sharding import CLIP, REPLICATED, ROWS, constrain
+from tav_jax.distributed.sharding import REPLICATED, ROWS, constrain
 from tav_jax.models import VAE, ClipText, Conditioning, UNet
 
 VAE_PIXELS = 4 * 512 * 512  # that the VAE processes at a time: few enough that the UNet determines the peak memory
@@ -80,32 +83,38 @@ def call_unet(unet: UNet, latents: Any, timesteps: Any, conditioning: Conditioni
     return constrain(unet(latents, timesteps, conditioning).astype(jnp.float32), REPLICATED)
 
 
-@jax.jit(static_argnames=("sampler", "prediction", "use_guidance", "trajectory"))
+@jax.jit(static_argnames=("sampler", "prediction", "use_guidance", "fixed_point", "trajectory"))
 def denoise_loop(
     unet: Any,
-    state: Any,
+    state: LoopState,
     conditioning: Conditioning,
     steps: Steps,
     guidance: Any,
+    editing: Editing | None = None,
     *,
     sampler: Sampler,
     prediction: Any,
     use_guidance: bool,
+    fixed_point: bool = False,
     trajectory: bool,
-) -> tuple[Any, jax.Array | None]:
-    """Sampling or inversion steps: the sampler's state and, with `trajectory`, the latents after each step.
+) -> tuple[LoopState, jax.Array | None]:
+    """Sampling or inversion steps: the state of the loop and, with `trajectory`, the latents after each step.
 
     `unet` is a `UNet`, or a module that wraps one and has the same call. With guidance, `conditioning` has the rows
-    [unconditional; conditional], twice as many as the latents.
+    [unconditional; conditional], twice as many as the latents; with `editing`, a row for the source before them. With
+    `fixed_point`, each step is iterated, see `inversion.py`.
     """
-
-    def denoise(latents, step):
-        timesteps = jnp.broadcast_to(step.timestep, latents.shape[:1])
-        return unet(constrain(latents, CLIP), timesteps, conditioning).astype(jnp.float32)
-
-    denoiser = classifier_free_guidance(denoise, guidance) if use_guidance else denoise
-    state, path = run_sampler(sampler, denoiser, state, steps, prediction, trajectory=trajectory)
-    return jax.tree.map(lambda x: constrain(x, REPLICATED), (state, path))
+    network, after_step = unet_network(unet), None
+    if editing is not None:
+        denoise, after_step = two_branch(network, conditioning, editing, guidance if use_guidance else None)
+    elif use_guidance:
+        denoise = classifier_free_guidance(network, conditioning, guidance)
+    else:
+        denoise = without_guidance(network, conditioning)
+    if fixed_point:
+        denoise = fixed_point_iteration(denoise, prediction)
+    result = run_sampler(sampler, denoise, state, steps, prediction, after_step=after_step, trajectory=trajectory)
+    return jax.tree.map(lambda x: constrain(x, REPLICATED), result)
 
 
 def run_denoise_loop(
@@ -117,23 +126,31 @@ def run_denoise_loop(
     sampler: Sampler,
     prediction: Any,
     guidance: float | None = None,
+    editing: Editing | None = None,
+    iterations: int = 1,
     trajectory: bool = False,
     chunk: int | None = None,
     report: Callable[[int], None] | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[LoopState, jax.Array | None]:
     """All steps in one call of the jitted loop or, with `chunk`, that many steps in each call. `report` is called with
-    the number of steps done. Returns the last latents and, with `trajectory`, the latents after each step."""
-    options = {"sampler": sampler, "prediction": prediction, "trajectory": trajectory}
-    scale, use_guidance = jnp.float32(0.0 if guidance is None else guidance), guidance is not None
-    state, paths, done = sampler.init(latents), [], 0
+    the number of steps done. Returns the state of the loop and, with `trajectory`, the latents after each step."""
+    options: dict[str, Any] = {"sampler": sampler, "prediction": prediction, "trajectory": trajectory}
+    options |= {"use_guidance": guidance is not None, "fixed_point": iterations > 1}
+    scale = jnp.float32(0.0 if guidance is None else guidance)
+    carry: Any = None
+    if editing is not None:
+        carry = editing.initial_state(unet.config)
+    elif iterations > 1:
+        carry = FixedPointState.initial(iterations, len(steps.timestep))
+    state, paths, done = LoopState(sampler.init(latents), carry), [], 0
     for part in in_chunks(steps, chunk or len(steps.timestep)):
-        state, path = denoise_loop(unet, state, conditioning, part, scale, use_guidance=use_guidance, **options)
+        state, path = denoise_loop(unet, state, conditioning, part, scale, editing, **options)
         paths.append(path)
         done += len(part.timestep)
         if report is not None:
             jax.block_until_ready(state)
             report(done)
-    return jax.block_until_ready((state.latents, jnp.concatenate(paths) if trajectory else None))
+    return jax.block_until_ready((state, jnp.concatenate(paths) if trajectory else None))
 
 
 def chunk_size(steps: int) -> int:

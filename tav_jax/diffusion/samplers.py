@@ -19,13 +19,16 @@ from jaxtyping import Array, Float
 from tav_jax.config import SAMPLERS, check_choice
 from tav_jax.diffusion.schedule import Prediction, Steps, ddim_step
 
-# (latents, one step of Steps) → predicted noise or velocity. Guidance takes a denoiser and returns a denoiser.
-Denoiser = Callable[[Float[Array, "B F h w c"], Steps], Float[Array, "B F h w c"]]
+# (latents, one step of Steps, carry) → (predicted noise or velocity, carry). The carry is a pytree of what a denoiser
+# keeps from step to step; None if it keeps nothing.
+Denoiser = Callable[[Float[Array, "B F h w c"], Steps, Any], tuple[Float[Array, "B F h w c"], Any]]
+# (latents after a step, the step, the denoiser's carry) → latents.
+AfterStep = Callable[[Float[Array, "B F h w c"], Steps, Any], Float[Array, "B F h w c"]]
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A sampling method. Its state is a pytree with an attribute `latents`. Samplers are static arguments of a jitted
+    """A sampling method. Its state is a NamedTuple with a field `latents`. Samplers are static arguments of a jitted
     function: they must be hashable, and equal only if they behave the same."""
 
     def init(self, latents: Float[Array, "B F h w c"]) -> Any:
@@ -64,16 +67,42 @@ def get_sampler(sampler: "str | Sampler") -> Sampler:
     return getattr(importlib.import_module(module), name)()
 
 
+def stateless(function: Callable[[Float[Array, "B F h w c"], Steps], Float[Array, "B F h w c"]]) -> Denoiser:
+    """A denoiser that keeps nothing, from a function of latents and step."""
+    return lambda latents, step, carry: (function(latents, step), carry)
+
+
+class LoopState(NamedTuple):
+    """The carry of the loop."""
+
+    sampler: Any
+    denoiser: Any = None
+
+    @property
+    def latents(self) -> Float[Array, "B F h w c"]:
+        return self.sampler.latents
+
+
 def run_sampler(
-    sampler: Sampler, denoise: Denoiser, state: Any, steps: Steps, prediction: Prediction, *, trajectory: bool = False
-) -> tuple[Any, Float[Array, "N B F h w c"] | None]:
+    sampler: Sampler,
+    denoise: Denoiser,
+    state: LoopState,
+    steps: Steps,
+    prediction: Prediction,
+    *,
+    after_step: AfterStep | None = None,
+    trajectory: bool = False,
+) -> tuple[LoopState, Float[Array, "N B F h w c"] | None]:
     """The state after the last step and, with `trajectory`, the latents after each step.
 
     With `NoiseSchedule.sampling_steps`, this is sampling; DDIM with `NoiseSchedule.inversion_steps` is DDIM inversion.
     """
 
-    def body(state, step):
-        state = sampler.step(state, denoise(state.latents, step), step, prediction)
-        return state, state.latents if trajectory else None
+    def body(state: LoopState, step: Steps):
+        output, carry = denoise(state.latents, step, state.denoiser)
+        new = sampler.step(state.sampler, output, step, prediction)
+        if after_step is not None:
+            new = new._replace(latents=after_step(new.latents, step, carry))
+        return LoopState(new, carry), new.latents if trajectory else None
 
     return jax.lax.scan(body, state, steps)

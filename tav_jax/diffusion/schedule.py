@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -27,6 +28,7 @@ class Steps(NamedTuple):
 
     In step i the network is called at `timestep[i]`, and the latents go from `alpha[i]` to `next_alpha[i]`, both values
     of ᾱ. `step` and `remaining` count the steps before and after it, for samplers whose first or last step differs.
+    `controls` is what else differs from step to step, a pytree of arrays of N values.
     """
 
     timestep: Int[Values, "*N"]
@@ -34,19 +36,21 @@ class Steps(NamedTuple):
     next_alpha: Float[Values, "*N"]
     step: Int[Values, "*N"]
     remaining: Int[Values, "*N"]
+    controls: Any = None
 
     @classmethod
-    def of(cls, timestep: Values, alpha: Values, next_alpha: Values) -> "Steps":
+    def of(cls, timestep: Values, alpha: Values, next_alpha: Values, controls: Any = None) -> "Steps":
         step = np.arange(len(timestep), dtype=np.int32)
-        return cls(timestep, alpha, next_alpha, step, step[::-1].copy())
+        return cls(timestep, alpha, next_alpha, step, step[::-1].copy(), controls)
 
     def slice(self, begin: int, end: int) -> "Steps":
         """A chunk of this loop, with its values of `step` and `remaining`."""
-        return Steps(*(values[begin:end] for values in self))
+        return jax.tree.map(lambda values: values[begin:end], self)
 
     def restart(self, begin: int, end: int) -> "Steps":
         """A part of this loop as a loop of its own: `step` counts from 0."""
-        return Steps.of(*(values[begin:end] for values in self[:3]))
+        part = self.slice(begin, end)
+        return Steps.of(part.timestep, part.alpha, part.next_alpha, part.controls)
 
 
 def _betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
@@ -177,6 +181,13 @@ class NoiseSchedule:
             t, alpha = t[chosen], alpha[chosen]
             below = np.concatenate([[np.float32(self.final_alpha_cumprod)], alpha[:-1]]).astype(np.float32)
         return Steps.of(t[::-1].copy(), alpha[::-1].copy(), below[::-1].copy())
+
+    def trajectory_indices(self, steps: int, inversion_steps: int) -> Int[np.ndarray, "steps+1"]:
+        """Where, in a trajectory of the inversion, the latents before the first sampling step and after each step are.
+        A trajectory has the clip's own latents first."""
+        timesteps = self.sampling_steps(steps, inversion_steps).timestep[::-1]
+        after = np.searchsorted(self._ddim_timesteps(inversion_steps)[0], timesteps) + 1
+        return np.concatenate([[0], after])[::-1].copy()
 
 
 def prompted_steps(steps: int, strength: float) -> int:

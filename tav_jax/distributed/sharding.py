@@ -25,6 +25,7 @@ Tree = TypeVar("Tree")
 CLIP = P("data", "frames")  # [B, F, …]
 ROWS = P(("data", "frames"))  # [N, …]: independent rows
 PROMPTS = P("data")  # [B, …]
+FRAMES = P(None, "frames")  # [B, F, …] with all rows on each device
 REPLICATED = P()
 DEFAULT_FRAMES = 24
 
@@ -90,8 +91,9 @@ def _divisible(x: Any, spec: P, sizes: dict[str, int]) -> P:
     return P(*(names if names and x.shape[axis] % size(names) == 0 else None for axis, names in enumerate(spec)))
 
 
-def map_shards(function: Callable[..., jax.Array], *arrays: Any, specs: Sequence[P]) -> jax.Array:
-    """`jax.shard_map` of a function; the result is sharded like the first array. A pytree of arrays must be replicated.
+def map_shards(function: Callable[..., Any], *arrays: Any, specs: Sequence[P]) -> Any:
+    """`jax.shard_map` of a function; the arrays of the result are sharded like the first argument. A pytree in the
+    arguments must be replicated.
 
     Used where XLA cannot partition an operation (a custom kernel) or partitions it badly: for a reshape that merges two
     sharded axes, `[B, T, …]` to `[B·T, …]` as in attention and convolutions, XLA gathers both (jax 0.10.2). On a TPU,

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tav_jax.config import MAX_TEXT
+from tav_jax.diffusion.alignment import TokenizedPrompt
 from tav_jax.errors import InputError, WeightsError, is_utf8, short_repr
 
 
@@ -66,3 +67,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, vocab_size: int 
             "are from different pipelines. Use both from the same one."
         )
     return ids
+
+
+def tokenize_words(tokenizer: Any, length: int, text: str) -> TokenizedPrompt:
+    """The tokens of a prompt, at most `length`, with the characters that each one covers."""
+    encoded = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True, verbose=False)
+    ids, offsets = np.asarray(encoded.input_ids, np.int32), [tuple(span) for span in encoded.offset_mapping]
+    return TokenizedPrompt(text, ids, offsets, length)

@@ -87,6 +87,54 @@ def requested_shape(latents: Array, frames: int | None, size: tuple[int, int] | 
             raise InputError(f"{name} is {given!r} and the latents are of {name} {value}; leave {name} out")
 
 
+def trajectory(values: Values, latents: Array, steps: int) -> Float[Array, "N+1 1 F h w c"]:
+    """The trajectory of an inversion in `steps` steps, of the clip that `latents` are of."""
+    array = jnp.asarray(values, jnp.float32)
+    if array.ndim != 6 or array.shape[1] != 1:
+        expected = "[steps + 1, 1, frames, height, width, channels], as invert(..., return_trajectory=True) returns it"
+        raise InputError(f"source is {list(array.shape)}; expected {expected}")
+    if array.shape[0] != steps + 1:
+        raise InputError(
+            f"source is the trajectory of an inversion in {array.shape[0] - 1} steps and inversion_steps is {steps}; "
+            f"give inversion_steps={array.shape[0] - 1}, or invert in {steps} steps"
+        )
+    if array.shape[2:] != latents.shape[1:]:
+        raise InputError(f"source is of latents {list(array.shape[2:])} and the latents are {list(latents.shape[1:])}")
+    return array
+
+
+def mask(values: Values, latents: Array, factor: int) -> Float[Array, "1 F h w 1"]:
+    """A mask at the size of the latents, 1 where an edit may change the source. Given as [F, h, w] of latents or
+    [F, H, W] of pixels, or without F for all frames alike; pixels are averaged."""
+    array = np.asarray(values)
+    scale = 255.0 if array.dtype == np.uint8 and array.max(initial=0) > 1 else 1.0
+    array = array.astype(np.float32) / scale
+    frames, height, width = latents.shape[1:4]
+    small, large = (height, width), (height * factor, width * factor)
+    fits = array.ndim in (2, 3) and array.shape[-2:] in (small, large) and array.shape[:-2] in ((), (frames,))
+    if not fits:
+        raise InputError(
+            f"the mask is {list(array.shape)}; for this clip it must be {[frames, *large]} (pixels) or "
+            f"{[frames, *small]} (latents), or one of them without the number of frames"
+        )
+    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        raise InputError("the mask has values outside 0 to 1; give True and False, 0 to 1, or uint8 from 0 to 255")
+    if array.shape[-2:] == large and factor > 1:
+        array = array.reshape(*array.shape[:-2], height, factor, width, factor).mean(axis=(-3, -1))
+    return jnp.broadcast_to(jnp.asarray(array), (frames, height, width))[None, ..., None]
+
+
+def iterations(count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 100:
+        raise InputError(f"iterations is {count!r}; it must be a whole number from 1 (DDIM) to 100, 3 to 5 are usual")
+
+
+def share(name: str, value: float) -> None:
+    """A share of the steps."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; it must be from 0 (no step) to 1 (all steps)")
+
+
 def steps(count: int) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"steps is {count!r}; it must be a whole number, 1 or more")

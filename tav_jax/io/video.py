@@ -102,6 +102,7 @@ class Edit(Clip):
     prompt: str = ""
     latents: Any = None  # [1, F, h, w, 4]
     trajectory: Any = None  # the latents after each step, [steps, 1, F, h, w, 4], if requested
+    mask: Any = None  # [F, h, w], in two-branch editing: 1 where the edit may differ from the source
 
     def save(self, path: str | Path) -> Path:
         """As `Clip.save`. In a multi-process run only the primary process writes."""

@@ -6,7 +6,8 @@ attention.
 
 from tav_jax.models.clip_text import ClipText, ClipTextConfig
 from tav_jax.models.conditioning import Conditioning
+from tav_jax.models.controls import AttentionControls
 from tav_jax.models.unet import UNet, UNetConfig
 from tav_jax.models.vae import VAE, VAEConfig
 
-__all__ = ["VAE", "ClipText", "ClipTextConfig", "Conditioning", "UNet", "UNetConfig", "VAEConfig"]
+__all__ = ["VAE", "AttentionControls", "ClipText", "ClipTextConfig", "Conditioning", "UNet", "UNetConfig", "VAEConfig"]

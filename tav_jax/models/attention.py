@@ -11,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tav_jax.config import Kernel, SpatialAttention
-from tav_jax.distributed.sharding import CLIP, PROMPTS, REPLICATED, constrain, map_shards
+from tav_jax.distributed.sharding import CLIP, FRAMES, PROMPTS, REPLICATED, constrain, map_shards
 from tav_jax.kernels import frame_attention, full_attention
 from tav_jax.models.conditioning import Conditioning
+from tav_jax.models.controls import AttentionControls, controlled_cross_attention, take_from_source
 from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.remat import checkpoint_attention
 from tav_jax.models.resnet import Conv
@@ -25,7 +26,9 @@ torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Attention(nnx.Module):
     """The four projections of an attention layer, and the three ways in which the video UNet uses one."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, *, zero_output: bool = False, dtype, rngs):
+    def __init__(
+        self, dim: int, context_dim: int, heads: int, *, zero_output: bool = False, word_maps=False, dtype, rngs
+    ):
         kw = {"dtype": dtype, "rngs": rngs, "kernel_init": torch_default}
         self.heads = heads
         self.to_q = nnx.Linear(dim, dim, use_bias=False, **kw)
@@ -44,16 +47,29 @@ class Attention(nnx.Module):
         return self.to_out[0](checkpoint_attention(x.reshape(*x.shape[:-2], -1)))
 
     def spatial(
-        self, x: Float[Array, "B F T c"], attention: SpatialAttention, kernel: Kernel = "plain"
+        self,
+        x: Float[Array, "B F T c"],
+        attention: SpatialAttention,
+        kernel: Kernel = "plain",
+        controls: AttentionControls | None = None,
     ) -> Float[Array, "B F T c"]:
-        """Every frame attends to its key frames: frame 0 and the previous frame in sparse-causal attention."""
+        """Every frame attends to its key frames: frame 0 and the previous frame in sparse-causal attention. With
+        `controls`, every row may use the queries and keys of the source."""
         q, k, v = self.project(x, x)  # [B, F, T, N, D]
+        if controls is not None:
+            q, k = (take_from_source(y, controls.self_attention, controls.rows) for y in (q, k))
         return self.output(frame_attention(q, k, v, attention, kernel))
 
     def cross(self, x: Float[Array, "B F T c"], conditioning: Conditioning) -> Float[Array, "B F T c"]:
         """Every token attends to the text embeddings, which all frames share."""
         # Frames are folded into the query axis, so that keys and values need not be repeated for every frame.
         b, f, t, c = x.shape
+        if conditioning.controls is not None:
+            q, k, v = self.project(x, conditioning.text)  # [B, F, T, N, D], [B, L, N, D]
+            specs = (FRAMES, REPLICATED, REPLICATED, REPLICATED)
+            x, maps = map_shards(controlled_cross_attention, q, k, v, conditioning.controls, specs=specs)
+            self.sow(nnx.Intermediate, "word_maps", maps)  # [M, F, T]
+            return self.output(x)
         q, k, v = self.project(x.reshape(b, f * t, c), conditioning.text)  # [B, F·T, N, D], [B, L, N, D]
         return self.output(map_shards(full_attention, q, k, v, specs=(CLIP, PROMPTS, PROMPTS))).reshape(b, f, t, c)
 
@@ -94,10 +110,12 @@ class TransformerBlock(nnx.Module):
         spatial_attention: SpatialAttention,
         temporal_attention: bool,
         kernel: Kernel,
+        controlled: bool,
         dtype,
         rngs,
     ):
         kw = {"dtype": dtype, "rngs": rngs}
+        self.controlled = controlled  # whether controls apply to spatial attention
         self.spatial_attention: SpatialAttention = spatial_attention
         self.temporal_attention = temporal_attention
         self.kernel: Kernel = kernel
@@ -112,7 +130,8 @@ class TransformerBlock(nnx.Module):
         self.attn_temp = Attention(dim, dim, heads, zero_output=True, **kw)
 
     def __call__(self, x: Float[Array, "B F T c"], conditioning: Conditioning) -> Float[Array, "B F T c"]:
-        x = x + self.attn1.spatial(self.norm1(x), self.spatial_attention, self.kernel)
+        controls = conditioning.controls if self.controlled else None
+        x = x + self.attn1.spatial(self.norm1(x), self.spatial_attention, self.kernel, controls)
         x = x + self.attn2.cross(self.norm2(x), conditioning)
         x = x + self.ff(self.norm3(x))
         if self.temporal_attention:

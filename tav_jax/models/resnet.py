@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tav_jax.distributed.sharding import CLIP, REPLICATED, map_shards
 from tav_jax.models.conditioning import Conditioning
+from tav_jax.models.controls import take_from_source
 from tav_jax.models.norms import group_norm, group_norm_mask
 
 # One number for all sides, or (before, after) for each axis.
@@ -42,8 +43,20 @@ def conv(cin: int, cout: int, size: int = 3, *, stride: int = 1, padding: Paddin
 class ResnetBlock(nnx.Module):
     """norm → silu → conv, plus the time embedding, norm → silu → conv, plus the shortcut."""
 
-    def __init__(self, cin: int, cout: int, *, groups: int, epsilon: float, time_dim: int | None = None, dtype, rngs):
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        *,
+        groups: int,
+        epsilon: float,
+        time_dim: int | None = None,
+        controlled: bool = False,
+        dtype,
+        rngs,
+    ):
         kw = {"dtype": dtype, "rngs": rngs}
+        self.controlled = controlled  # whether every row may use the source's residual
         self.norm1 = group_norm(cin, groups, epsilon, **kw)
         self.conv1 = conv(cin, cout, **kw)
         if time_dim is not None:
@@ -65,6 +78,8 @@ class ResnetBlock(nnx.Module):
             t = self.time_emb_proj(nnx.silu(time))  # [B, cout]
             h = h + t.reshape(t.shape[0], *(1,) * (h.ndim - 2), t.shape[-1])
         h = self.conv2(nnx.silu(self.norm2(h, mask=group_norm_mask(frame_mask, h))))
+        if self.controlled and conditioning is not None and (controls := conditioning.controls) is not None:
+            h = take_from_source(h, controls.features, controls.rows)
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x)
         return x + h

@@ -17,6 +17,11 @@ from tav_jax.models.remat import policy
 from tav_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv
 
 
+def level_size(height: int, width: int, level: int) -> tuple[int, int]:
+    """Height and width at a level of the UNet, for latents of this size."""
+    return -(-height // 2**level), -(-width // 2**level)
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Sizes and options. A tuple has one entry per level, from high to low resolution."""
@@ -37,6 +42,13 @@ class UNetConfig:
     spatial_attention: SpatialAttention = "sparse-causal"
     temporal_attention: bool = True
     kernel: Kernel = "plain"  # for spatial attention
+
+    def word_map_level(self, height: int, width: int) -> int:
+        """The level whose cross-attention maps show where words are: that of a quarter of the latents' side or, if its
+        maps are smaller than 8×8 or it has no attention, one of a higher resolution."""
+        levels = [i for i in range(3) if i < len(self.down_attention) and self.down_attention[i]]
+        large = [i for i in levels if min(level_size(height, width, i)) >= 8]
+        return max(large, default=min(levels, default=0))
 
     @classmethod
     def sd1(cls) -> "UNetConfig":
@@ -71,12 +83,12 @@ class Layers:
     def __init__(self, config: UNetConfig, dtype, rngs):
         self.config, self.kw = config, {"dtype": dtype, "rngs": rngs}
 
-    def resnet(self, cin: int, cout: int) -> ResnetBlock:
-        c = self.config
-        time_dim = 4 * c.block_out_channels[0]
-        return ResnetBlock(cin, cout, groups=c.norm_num_groups, epsilon=c.norm_eps, time_dim=time_dim, **self.kw)
+    def resnet(self, cin: int, cout: int, *, controlled: bool = False) -> ResnetBlock:
+        c, time_dim = self.config, 4 * self.config.block_out_channels[0]
+        options = {"groups": c.norm_num_groups, "epsilon": c.norm_eps, "time_dim": time_dim, "controlled": controlled}
+        return ResnetBlock(cin, cout, **options, **self.kw)
 
-    def transformer(self, dim: int, heads: int) -> Transformer:
+    def transformer(self, dim: int, heads: int, *, controlled: bool = False) -> Transformer:
         c = self.config
         return Transformer(
             dim,
@@ -87,6 +99,7 @@ class Layers:
             spatial_attention=c.spatial_attention,
             temporal_attention=c.temporal_attention,
             kernel=c.kernel,
+            controlled=controlled,
             **self.kw,
         )
 
@@ -122,13 +135,27 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """`skip_dims`: channels of the skip connections, in the order in which they are consumed."""
+    """`skip_dims`: channels of the skip connections, in the order in which they are consumed. `index`: of this block,
+    on which it depends what two-branch editing controls (as in Plug-and-Play)."""
 
-    def __init__(self, layers: Layers, cin: int, cout: int, *, skip_dims: list[int], heads: int | None, last: bool):
-        self.resnets = nnx.List(
-            [layers.resnet((cin if i == 0 else cout) + skip, cout) for i, skip in enumerate(skip_dims)]
-        )
-        self.attentions = nnx.List([layers.transformer(cout, heads) for _ in skip_dims] if heads else [])
+    def __init__(
+        self,
+        layers: Layers,
+        cin: int,
+        cout: int,
+        *,
+        index: int,
+        skip_dims: list[int],
+        heads: int | None,
+        last: bool,
+    ):
+        resnets, attentions = [], []
+        for i, skip in enumerate(skip_dims):
+            features, queries = (index, i) == (1, 1), (index, i) >= (1, 1)
+            resnets.append(layers.resnet((cin if i == 0 else cout) + skip, cout, controlled=features))
+            if heads:
+                attentions.append(layers.transformer(cout, heads, controlled=queries))
+        self.resnets, self.attentions = nnx.List(resnets), nnx.List(attentions)
         self.upsamplers = nnx.List([] if last else [Upsample(cout, **layers.kw)])
 
     def __call__(self, x, time, conditioning: Conditioning, skips, *, run, size):
@@ -165,7 +192,8 @@ class UNet(nnx.Module):
         for i, cout in enumerate(reversed(widths)):
             heads = c.heads[levels - 1 - i] if c.up_attention[i] else None
             consumed = [skip_dims.pop() for _ in range(c.layers_per_block + 1)]
-            up.append(UpBlock(layers, cin, cout, skip_dims=consumed, heads=heads, last=i == levels - 1))
+            options = {"index": i, "heads": heads, "last": i == levels - 1}
+            up.append(UpBlock(layers, cin, cout, skip_dims=consumed, **options))
             cin = cout
         self.up_blocks = nnx.List(up)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from tav_jax.config import check_size
 from tav_jax.diffusion import programs
-from tav_jax.diffusion.samplers import DDIM, get_sampler
+from tav_jax.diffusion.samplers import DDIM, LoopState, get_sampler
 from tav_jax.diffusion.schedule import Prediction, Steps, prompted_steps
 from tav_jax.distributed import sharding
 from tav_jax.errors import InputError, short_repr
@@ -25,7 +25,10 @@ from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UN
 from tav_jax.plan.chips import Topology
 from tav_jax.training import train_step
 
-STEPS_DTYPES = {"alpha": jnp.float32, "next_alpha": jnp.float32}  # the other columns are int32
+STEPS_DTYPES = {
+    **{"timestep": jnp.int32, "alpha": jnp.float32, "next_alpha": jnp.float32},
+    **{"step": jnp.int32, "remaining": jnp.int32},
+}
 NAMES = ("tune", "invert", "sample", "encode", "decode")  # in the order in which a run calls them
 
 # Parts of a model's name that select a preset
@@ -221,9 +224,9 @@ def build_program(job: Job, name: str) -> Program:
         steps, batch = programs.chunk_size(count), 2 if guidance else 1
         arguments = (
             nnx.merge(graph, trained, frozen),
-            shapes.tree(jax.eval_shape(sampler.init, latents)),
+            LoopState(shapes.tree(jax.eval_shape(sampler.init, latents))),
             Conditioning(shapes.array((batch, *text))),
-            Steps(*(shapes.array((steps,), STEPS_DTYPES.get(name, jnp.int32)) for name in Steps._fields)),
+            Steps(**{name: shapes.array((steps,), dtype) for name, dtype in STEPS_DTYPES.items()}),
             shapes.array(()),
         )
         options = {"sampler": sampler, "prediction": model.prediction, "use_guidance": guidance, "trajectory": False}

@@ -1,0 +1,49 @@
+"""The network as the denoising loop calls it.
+
+A network is a function of the latents of all rows of a batch, one step, and the conditioning of the rows. What changes
+how the UNet is called (windows over a long clip, reuse of features) takes a network and returns a network; guidance
+and editing take a network and return a denoiser.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tav_jax.diffusion.schedule import Steps
+from tav_jax.distributed.sharding import CLIP, constrain
+from tav_jax.models import Conditioning
+from tav_jax.models.unet import level_size
+
+
+class NetworkOutput(NamedTuple):
+    prediction: Float[Array, "R F h w c"]  # noise or velocity, in float32
+    word_maps: Float[Array, "M F T"] | None = None  # see `AttentionControls`; None without controls
+
+
+# (latents [R, F, h, w, c], one step, conditioning of R rows, carry) → (output, carry)
+Network = Callable[[Float[Array, "R F h w c"], Steps, Conditioning, Any], tuple[NetworkOutput, Any]]
+
+
+def unet_network(unet: Any) -> Network:
+    """One call of the UNet. `unet` is a `UNet`, or a module that wraps one and has the same call."""
+    # Split here and merged in the loop: what layers store in a module is only accessible where the module was created.
+    graph, weights = nnx.split(unet)
+
+    def network(latents, step, conditioning, carry):
+        module = nnx.merge(graph, weights)
+        timesteps = jnp.broadcast_to(step.timestep, latents.shape[:1])
+        prediction = module(constrain(latents, CLIP), timesteps, conditioning).astype(jnp.float32)
+        if conditioning.controls is None:
+            return NetworkOutput(prediction), carry
+        size = latents.shape[2], latents.shape[3]
+        height, width = level_size(*size, module.config.word_map_level(*size))
+        # Of all layers, those of one level without the middle block: in Stable Diffusion, 2 on the way down and 3 up.
+        stored = nnx.pop(module, nnx.Intermediate)
+        maps = [x for x in jax.tree.leaves(stored) if x.shape[-1] == height * width]  # [M, F, T] each
+        return NetworkOutput(prediction, jnp.mean(jnp.stack(maps), axis=0)[:, : latents.shape[1]]), carry
+
+    return network
