@@ -41,9 +41,10 @@ def unet_network(unet: Any) -> Network:
             return NetworkOutput(prediction), carry
         size = latents.shape[2], latents.shape[3]
         height, width = level_size(*size, module.config.word_map_level(*size))
-        # Of all layers, those of one level without the middle block: in Stable Diffusion, 2 on the way down and 3 up.
-        stored = nnx.pop(module, nnx.Intermediate)
-        maps = [x for x in jax.tree.leaves(stored) if x.shape[-1] == height * width]  # [M, F, T] each
+        # Those of one level, without the middle block: in Stable Diffusion, of 2 layers on the way down and 3 up.
+        stored = nnx.to_flat_state(nnx.pop(module, nnx.Intermediate))
+        maps = [x for path, x in stored if "mid_block" not in path for x in jax.tree.leaves(x)]  # [M, F, T] each
+        maps = [x for x in maps if x.shape[-1] == height * width]
         return NetworkOutput(prediction, jnp.mean(jnp.stack(maps), axis=0)[:, : latents.shape[1]]), carry
 
     return network
