@@ -288,17 +288,9 @@ class TuneAVideo(Networks):
             raise InputError("the list of prompts is empty; give at least one (an empty string is a valid prompt)")
         validation.strength(strength, from_clip=latents is not None)
         table, sampler = self.schedule.sampling_steps(steps, inversion_steps), get_sampler(sampler)
-        controls = EditControls(
-            source,
-            self.tuned_prompt if source_prompt is None else source_prompt,
-            self_attention_steps,
-            feature_steps,
-            cross_attention_steps,
-            equalizer or {},
-            blend_words,
-            mask,
-            blend_start,
-        )
+        source_prompt = self.tuned_prompt if source_prompt is None else source_prompt
+        shares = (self_attention_steps, feature_steps, cross_attention_steps, blend_start)
+        controls = EditControls(source, source_prompt, *shares, equalizer or {}, blend_words, mask)
         controls.check()
         if latents is None and source is not None:
             latents = jnp.asarray(source)[-1]
@@ -311,17 +303,10 @@ class TuneAVideo(Networks):
         negative = [] if scale is None else [negative_prompt] * len(prompts)
         editing, texts = None, [*negative, *prompts]
         if source is not None:
-            length = self.components.layout.text_encoder.max_position_embeddings
-            editing, by_step = controls.prepare(
-                latents,
-                prompts,
-                self.schedule,
-                steps,
-                inversion_steps or steps,
-                tokenizer_length=(self.tokenizer, length),
-                downsampling=self._downsampling,
-            )
-            table, texts = table._replace(controls=by_step), [controls.source_prompt, *texts]
+            words = [self.tokenize_words(text) for text in (source_prompt, *prompts)]
+            counts = {"steps": steps, "inversion_steps": inversion_steps or steps}
+            editing, by_step = controls.prepare(latents, words, self.schedule, **counts, factor=self._downsampling)
+            table, texts = table._replace(controls=by_step), [source_prompt, *texts]
         prompted = Conditioning(self.encode_text(texts))  # [(source,) (P unconditional,) P conditional]
         memory.check(self.memory_estimator.denoising("sampling", latents, rows=len(prompted.text)))
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+from tav_jax.diffusion.alignment import TokenizedPrompt
 from tav_jax.diffusion.editing import Editing, StepControls, make_editing, step_controls
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import InputError
-from tav_jax.io import tokenizer, validation
+from tav_jax.io import validation
 from tav_jax.io.validation import Values
 
 
@@ -21,10 +22,10 @@ class EditControls(NamedTuple):
     self_attention_steps: float
     feature_steps: float
     cross_attention_steps: float
+    blend_start: float
     equalizer: Mapping[str, float]
     blend_words: Sequence[str]
     mask: Values | None
-    blend_start: float
 
     @property
     def shares(self) -> dict[str, float]:
@@ -47,18 +48,16 @@ class EditControls(NamedTuple):
     def prepare(
         self,
         latents: Float[Array, "n F h w c"],
-        prompts: Sequence[str],
+        words: Sequence[TokenizedPrompt],
         schedule: NoiseSchedule,
+        *,
         steps: int,
         inversion_steps: int,
-        *,
-        tokenizer_length: tuple[Any, int],
-        downsampling: int,
+        factor: int,
     ) -> tuple[Editing, StepControls]:
+        """`words`: the source prompt and the prompts. `factor`: the VAE's down-sampling factor."""
         trajectory = validation.trajectory(self.source, latents, inversion_steps)
         trajectory = trajectory[schedule.trajectory_indices(steps, inversion_steps)]
-        mask = np.ones(latents.shape[1:4], np.float32) if self.mask is None else self.mask
-        mask = validation.mask(mask, latents, downsampling)
-        words = [tokenizer.tokenize_words(*tokenizer_length, text) for text in (self.source_prompt, *prompts)]
+        mask = validation.mask(np.ones(latents.shape[1:4]) if self.mask is None else self.mask, latents, factor)
         options = {"equalizer": self.equalizer, "blend_words": self.blend_words}
         return make_editing(words[0], words[1:], mask, **options), step_controls(trajectory, **self.shares)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tav_jax.diffusion import programs
+from tav_jax.diffusion.alignment import TokenizedPrompt
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.distributed import memory, processes, sharding
 from tav_jax.io import tokenizer, validation
@@ -52,6 +53,12 @@ class Networks:
         """Token ids, padded as the model expects. A text that is too long is truncated, with a warning."""
         encoder = self.components.layout.text_encoder
         return tokenizer.tokenize(self.tokenizer, texts, encoder.max_position_embeddings, encoder.vocab_size)
+
+    def tokenize_words(self, text: str) -> TokenizedPrompt:
+        """The tokens of a prompt and the words that they belong to."""
+        return tokenizer.tokenize_words(
+            self.tokenizer, self.components.layout.text_encoder.max_position_embeddings, text
+        )
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[Array, "n L e"]:
         """Text embeddings, one row for each text."""
