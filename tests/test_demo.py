@@ -146,7 +146,7 @@ def test_report_plots():
     evaluations[0] = evaluations[0]._replace(centres=missing)
     losses = np.linspace(1, 0.5, 40).tolist()
     result = report.DemoResult(Settings(steps=40), 7, source, list(EDIT_KINDS), edits, evaluations, losses)
-    page = report.render_page(result)
+    page = report.render_report(result)
     assert page.count("<svg") == 2
     assert report.GREY not in page[page.index("<svg") : page.index("</svg>")]  # currentColor, for light and dark mode
     assert "tuning step</text>" in page

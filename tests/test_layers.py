@@ -16,7 +16,8 @@ LAYERS = [
     ["distributed.memory", "training.train_step", "io"],
     ["training"],
     ["pipeline"],
-    ["training.loop", "plan", "demo"],
+    ["training.loop", "plan", "evaluation"],
+    ["demo"],
     ["cli", "__main__", "__init__"],
 ]
 MAX_LINES = 400

@@ -1,6 +1,5 @@
-"""The results of `tav demo`: videos, metrics and a report, which is one self-contained HTML file."""
+"""The results of `tav demo`: videos, metrics and a report, which is the page of edits with more sections."""
 
-import base64
 import html
 import io
 import json
@@ -14,20 +13,24 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
 from tav_jax import Clip, Edit
 from tav_jax.demo.edits import FPS, Settings
 from tav_jax.demo.evaluation import FIELDS, MEASURES, Evaluation
 from tav_jax.demo.world import IMAGE_SIZE, DemoClip
+from tav_jax.evaluation.page import GREY, Entry, code, render_page, table
 from tav_jax.io.progress import progress_bar
 from tav_jax.io.video import side_by_side
 from tav_jax.training.run_directory import file_names
 
 COLOURS = ("#d1495b", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")  # of the edits
-GREY = "#808080"  # of the source, and of text and axes; legible on light and dark backgrounds
 SMOOTHING = 25  # steps over which the smooth loss curve is averaged
 SCALE = 4  # the videos are enlarged to 256 pixels
+LEAD = """\
+A small Stable Diffusion model, pretrained on still images only, was tuned on this clip of $frames frames for $steps
+steps. The clip was then inverted to noise, and each edit was sampled from that noise. The edit prompt is used in the
+last $strength of the sampling steps; the steps before follow the inversion. No prompt describes the motion: the edits
+take it from the clip."""
 CUSTOM = "your prompt"  # the kind of edit that is shown for a user's prompt
 
 
@@ -71,7 +74,7 @@ def write_results(result: DemoResult, directory: Path) -> Path:
                 bar.update()
     (directory / "metrics.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
     report = directory / "report.html"
-    report.write_text(render_page(result), encoding="utf-8")
+    report.write_text(render_report(result), encoding="utf-8")
     return report
 
 
@@ -79,68 +82,49 @@ def _enlarge(frames: UInt8[np.ndarray, "F h w 3"]) -> UInt8[np.ndarray, "F H W 3
     return frames.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
 
 
-def render_page(result: DemoResult) -> str:
-    settings = result.settings
+def render_report(result: DemoResult) -> str:
     prompts = [edit.prompt for edit in result.edits]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(prompts))]
-    fields = {
-        "title": html.escape(f"Edits of “{result.source.scene.caption}”"),
-        "frames": settings.frames,
-        "strength": f"{settings.strength:.0%}",
-        "cards": _cards(result, prompts, colours),
-        "last_frame": settings.frames - 1,
-        "interval": round(1000 / FPS),
-        "paths": plot(lambda axes: _draw_paths(axes, result, colours), (4.4, 4.4)).replace(GREY, "currentColor"),
-        "legend": "".join(
-            f'<li><i style="background:{colour}"></i>{html.escape(text)}</li>'
-            for colour, text in zip([GREY, *colours], ["source", *prompts], strict=True)
-        ),
-        "losses": plot(lambda axes: _draw_losses(axes, np.asarray(result.losses)), (4.4, 4.4)).replace(
-            GREY, "currentColor"
-        ),
-        "steps": settings.steps,
-        "smoothing": min(SMOOTHING, settings.steps),
-        "rows": _rows(result, prompts),
-        "psnr": f"{result.reconstruction_psnr_db:.1f}",
-        "stages": _stages(result.seconds),
-        "command": html.escape(_command(result, prompts)),
-        "python": html.escape(_python(result, prompts)),
-        "settings": html.escape(json.dumps(asdict(settings), indent=2)),
-    }
-    return Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8")).substitute(fields)
-
-
-def _cards(result: DemoResult, prompts: list[str], colours: list[str]) -> str:
-    caption = result.source.scene.caption
-    cards = [_card(result.source.frames, "source", caption, html.escape(caption), f"motion: {result.source.motion}")]
-    for edit, evaluation, kind, colour in zip(result.edits, result.evaluations, result.kinds, colours, strict=True):
-        figures = (
-            f"{evaluation.edit_accuracy:.0%} of frames correct, path error {evaluation.trajectory_error_px:.1f} px"
+    entries = [
+        Entry(
+            edit.prompt,
+            Clip(_enlarge(edit.frames), edit.fps),
+            kind=kind,
+            note=f"{e.edit_accuracy:.0%} of frames correct, path error {e.trajectory_error_px:.1f} px",
+            colour=colour,
         )
-        cards.append(_card(edit.frames, kind, edit.prompt, _mark_new_words(edit.prompt, caption), figures, colour))
-    return "\n".join(cards)
-
-
-def _card(
-    frames: UInt8[np.ndarray, "F h w 3"], kind: str, prompt: str, marked: str, figures: str, colour: str = GREY
-) -> str:
-    png = io.BytesIO()
-    Image.fromarray(np.concatenate(list(frames), axis=1)).save(png, "PNG")  # all frames in one row
-    strip = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return (
-        f'<article class="card" style="--colour:{colour}"><canvas class="clip" width="{IMAGE_SIZE}" '
-        f'height="{IMAGE_SIZE}" data-strip="{strip}" role="img" aria-label="{html.escape(prompt)}"></canvas>'
-        f'<p class="kind">{kind}</p><p class="prompt">{marked}</p><p class="figures">{figures}</p></article>'
+        for edit, e, kind, colour in zip(result.edits, result.evaluations, result.kinds, colours, strict=True)
+    ]
+    source = Clip(_enlarge(result.source.frames), FPS)
+    settings = {**asdict(result.settings), "strength": f"{result.settings.strength:.0%}"}
+    return render_page(
+        source,
+        result.source.scene.caption,
+        entries,
+        source_note=f"motion: {result.source.motion}",
+        lead=Template(LEAD).substitute(settings),
+        sections=Template((Path(__file__).parent / "sections.html").read_text(encoding="utf-8")).substitute(
+            settings,
+            paths=_plot_in_page(lambda axes: _draw_paths(axes, result, colours)),
+            legend="".join(
+                f'<li><i style="background:{colour}"></i>{html.escape(text)}</li>'
+                for colour, text in zip([GREY, *colours], ["source", *prompts], strict=True)
+            ),
+            losses=_plot_in_page(lambda axes: _draw_losses(axes, np.asarray(result.losses))),
+            smoothing=min(SMOOTHING, result.settings.steps),
+            scores=table([(prompt, _scores(e)) for prompt, e in zip(prompts, result.evaluations, strict=True)]),
+            psnr=f"{result.reconstruction_psnr_db:.1f}",
+            stages=_stages(result.seconds),
+            command=code(_command(result, prompts)),
+            python=code(_python(result, prompts)),
+            all_settings=html.escape(json.dumps(asdict(result.settings), indent=2)),
+        ),
+        card_width=150,
     )
 
 
-def _mark_new_words(prompt: str, caption: str) -> str:
-    """The prompt as HTML, with the words that are not in the source's caption in <ins>."""
-    known = set(re.findall(r"\w+", caption))
-    return "".join(
-        f"<ins>{html.escape(part)}</ins>" if re.fullmatch(r"\w+", part) and part not in known else html.escape(part)
-        for part in re.split(r"(\w+)", prompt)
-    )
+def _plot_in_page(draw: Callable[[Any], None]) -> str:
+    return plot(draw, (4.4, 4.4)).replace(GREY, "currentColor")
 
 
 def plot(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
@@ -191,15 +175,14 @@ def _draw_losses(axes: Any, losses: Float[np.ndarray, "N"]) -> None:
     axes.grid(axis="y")
 
 
-def _rows(result: DemoResult, prompts: list[str]) -> str:
-    names = ("Colour", "Shape", "Place", "Style", "All four", "Path error", "Consistency")
-    rows = []
-    for prompt, e in zip(prompts, result.evaluations, strict=True):
-        fractions = [f"{getattr(e, name):.0%}" for name in (*FIELDS, "edit_accuracy")]
-        values = [*fractions, f"{e.trajectory_error_px:.2f} px", f"{e.frame_consistency:.3f}"]
-        cells = "".join(f'<td data-label="{n}">{value}</td>' for n, value in zip(names, values, strict=True))
-        rows.append(f'<tr><th scope="row">{html.escape(prompt)}</th>{cells}</tr>')
-    return "\n".join(rows)
+def _scores(evaluation: Evaluation) -> dict[str, str]:
+    names = ("Colour", "Shape", "Place", "Style", "All four")
+    fractions = [f"{getattr(evaluation, name):.0%}" for name in (*FIELDS, "edit_accuracy")]
+    others = {
+        "Path error": f"{evaluation.trajectory_error_px:.2f} px",
+        "Consistency": f"{evaluation.frame_consistency:.3f}",
+    }
+    return dict(zip(names, fractions, strict=True)) | others
 
 
 def _stages(seconds: dict[str, float]) -> str:
