@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import refusal
@@ -19,7 +18,6 @@ from tav_jax.io import export
 from tav_jax.io.diffusers_layout import Layout
 from tav_jax.io.tokenizer import load_tokenizer, tokenize
 from tav_jax.io.weights import TEMPORAL
-from tav_jax.models import Conditioning
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -82,10 +80,11 @@ def test_the_2d_export_has_no_temporal_layers(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_diffusers_opens_the_2d_export(case, tmp_path, dtype):
+@pytest.mark.parametrize(("name", "dtype"), [("sd1", "float32"), ("sd2", "bfloat16")])
+def test_diffusers_opens_the_2d_export(request, tmp_path, name, dtype):
     diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers on CPU torch, is not installed")
     torch = pytest.importorskip("torch", reason="the oracle, CPU torch, is not installed")
+    case = request.getfixturevalue(name)
     export.save(case.load(dtype).components, tmp_path / "out", two_d=True)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
     image = pipeline("red square", num_inference_steps=2, height=32, width=32, output_type="np").images[0]
@@ -93,8 +92,8 @@ def test_diffusers_opens_the_2d_export(case, tmp_path, dtype):
     x, text = case.latents[:, :1], case.numbers["emb_prompt"]
     with torch.no_grad():
         theirs = pipeline.unet(torch.tensor(x[:, 0]).permute(0, 3, 1, 2), 321, torch.tensor(text)).sample
-    without = TuneAVideo.from_pretrained(tmp_path / "out", dtype="float32", temporal_attention=False).components.unet
-    ours = without(jnp.asarray(x), jnp.array([321]), Conditioning(jnp.asarray(text)))[:, 0]
+    without = TuneAVideo.from_pretrained(tmp_path / "out", dtype="float32", temporal_attention=False)
+    ours = without.unet(x, np.array([321]), text)[:, 0]
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=2e-5)
 
 
