@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import absl.logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from tav_jax import TuneAVideo
 from tav_jax.cli.main import main
+from tav_jax.cli.settings import silence_background_tracebacks
 from tav_jax.distributed import compilation_cache
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io import paths
@@ -34,6 +37,7 @@ from tav_jax.io.weights import torch_tensors
 from tav_jax.training import checkpoint as checkpoint_module
 from tav_jax.training import checksums, derived, metrics
 from tav_jax.training.checkpoint import Checkpoints
+from tav_jax.training.run import Run
 from tav_jax.training.run_directory import LOCK, RunDirectory
 from tav_jax.training.train_step import TrainState
 
@@ -113,7 +117,7 @@ def test_file_that_cannot_be_read_is_refused_without_waiting(tmp_path, monkeypat
     assert time.monotonic() - began < 5
 
 
-def test_links_are_replaced_and_never_followed(tmp_path):
+def test_links_are_replaced_and_never_followed(tmp_path, settings):
     """A run directory of somebody else must not make `tav` overwrite files outside of it."""
     precious, directory = tmp_path / "precious", RunDirectory(tmp_path / "run")
     precious.mkdir()
@@ -124,6 +128,10 @@ def test_links_are_replaced_and_never_followed(tmp_path):
     (directory / "edits").symlink_to(precious)
     directory.write("config.json", "{}")
     metrics.Metrics(directory, 0).close()
+    (directory / "checkpoints").symlink_to(precious)
+    run = Run(directory, settings())
+    run.is_training = True
+    assert "checkpoints is a link out of " in refusal(InputError, lambda: run.checkpoints)
     message = refusal(InputError, directory.write, "edits/red.mp4", "new")
     assert "edits is a link out of " in message
     assert (precious / "red.mp4").read_text() == "precious"
@@ -385,6 +393,23 @@ def test_output_that_cannot_be_written():
     with os.fdopen(write_end, "w") as nobody:
         unread = tav("doctor", stdout=nobody)
     assert (unread.returncode, unread.stderr) == (done.returncode, done.stderr)
+
+
+def test_warnings_of_libraries_are_printed_and_background_tracebacks_are_not():
+    handler = absl.logging.get_absl_handler()
+    before = list(handler.filters), absl.logging.get_verbosity(), logging.getLogger("asyncio").level, sys.unraisablehook
+    try:
+        silence_background_tracebacks()
+        assert absl.logging.get_verbosity() == absl.logging.WARNING
+        error = (ValueError, ValueError("in a thread"), None)
+        records = [logging.LogRecord("absl", level, "", 1, "text", None, None) for level in (30, 40)]
+        records.append(logging.LogRecord("absl", 30, "", 1, "text", None, error))
+        assert [bool(handler.filter(record)) for record in records] == [True, False, False]
+    finally:
+        handler.filters = before[0]
+        absl.logging.set_verbosity(before[1])
+        logging.getLogger("asyncio").setLevel(before[2])
+        sys.unraisablehook = before[3]
 
 
 STREAMS = r"""

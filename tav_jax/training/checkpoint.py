@@ -102,9 +102,10 @@ class Checkpoints:
             shutil.rmtree(self.directory / REMOVED, ignore_errors=True)
 
     def _write_error(self, step: int | None, error: Exception) -> InputError:
+        reason = _reason(error)
         return InputError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); earlier ones "
-            "are intact. Free some space and run the same command again."
+            f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); earlier ones are "
+            f"intact. {'Free some space' if 'space' in reason else 'Check the disk'} and run the same command again."
         )
 
     def read_metadata(self, step: int | None = None) -> dict[str, Any]:

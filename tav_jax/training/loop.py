@@ -157,7 +157,7 @@ class Profiler:
 
     def after(self, step: int) -> None:
         if step == self.first:
-            jax.profiler.start_trace(str(self.directory.local / "profile"))
+            jax.profiler.start_trace(str(self.directory.make_directory("profile")))
             self.running = True
         elif step == self.last:
             self.close()

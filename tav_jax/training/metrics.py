@@ -50,7 +50,7 @@ class Metrics:
         if tensorboard and self.primary:
             from tensorboardX import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(directory.local / "tensorboard"), purge_step=step + 1)
+            self.tensorboard = SummaryWriter(str(directory.make_directory("tensorboard")), purge_step=step + 1)
         if wandb and self.primary:
             import wandb as client  # pyright: ignore[reportMissingImports]
 

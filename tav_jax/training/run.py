@@ -36,6 +36,10 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         """Opened at first use, because opening creates their directory."""
         t = self.config.train
+        if self.is_training and not self.directory.remote:
+            processes.run_on_primary(
+                "opening the checkpoints", lambda: str(self.directory.make_directory("checkpoints"))
+            )
         options = {"keep_newest": t.keep_newest, "keep_every": t.keep_every, "repair": self.is_training}
         checkpoints = Checkpoints(self.directory / "checkpoints", **options)
         for message in checkpoints.messages:
