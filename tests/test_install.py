@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import with_libtpu
 
 from tav_jax import errors
+from tav_jax.plan import compiler_directory
 from tav_jax.training import environment
 
 ROOT = Path(__file__).parent.parent
@@ -58,18 +61,11 @@ def test_without_its_origin_the_packages_of_the_extra_are_installed(site_package
     assert errors.install_command("torch") == "pip install 'torch<3,>=2.6'"
 
 
-@pytest.fixture
-def libtpu(tmp_path, monkeypatch) -> Path:
-    """A directory with a libtpu that reports when JAX asks for it."""
+def test_a_tpu_is_looked_for_only_where_there_is_one(tmp_path, monkeypatch):
     (tmp_path / "libtpu").mkdir()
-    code = "import sys\nsys.stderr.write('libtpu is started')\ndef get_library_path():\n    return 'nowhere'\n"
-    (tmp_path / "libtpu/__init__.py").write_text(code)
+    (tmp_path / "libtpu/__init__.py").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delenv("JAX_PLATFORMS")
-    return tmp_path
-
-
-def test_a_tpu_is_looked_for_only_where_there_is_one(libtpu, monkeypatch):
     monkeypatch.setattr(environment, "has_tpu", lambda: True)
     environment.skip_absent_tpu()
     assert "JAX_PLATFORMS" not in os.environ
@@ -79,3 +75,17 @@ def test_a_tpu_is_looked_for_only_where_there_is_one(libtpu, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # an explicit choice
     environment.skip_absent_tpu()
     assert os.environ["JAX_PLATFORMS"] == "tpu"
+
+
+@pytest.mark.slow
+@with_libtpu
+@pytest.mark.skipif(environment.has_tpu(), reason="this machine has a TPU")
+def test_doctor_does_not_start_libtpu_without_a_tpu():
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(compiler_directory())])
+    done = subprocess.run(
+        [sys.executable, "-m", "tav_jax", "doctor"], env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TPU" not in done.stderr, done.stderr
+    assert "libtpu is used by `tav plan` only, because this machine has no TPU" in done.stdout
