@@ -130,6 +130,7 @@ NO_NETWORK = (
         (hidden(hub_errors.OfflineModeIsEnabled("offline")), "not downloaded yet, and HF_HUB_OFFLINE is set; unset it"),
         (ConnectError(), NO_NETWORK.format("ConnectError")),
         (hub_errors.HFValidationError("invalid"), "is neither a directory nor a valid hub id"),
+        (hub_errors.LocalEntryNotFoundError("local"), "not downloaded yet, and local_files_only is set; unset it"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
     ids=lambda value: type(value.__cause__ or value).__name__ if isinstance(value, Exception) else "",
@@ -145,6 +146,14 @@ def test_a_failed_download_names_the_cause(monkeypatch, name, error, message):
     refused = refusal(MissingError, Layout.open, name)
     assert re.match(re.escape(repr(name)) + " .*" + message, refused), refused
     assert "mirror" not in refused
+
+
+def test_an_unknown_revision_is_named(monkeypatch):
+    def download(*_, **__):
+        raise hub_error("RevisionNotFoundError", 404)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert "'a/b' has no such revision on the hub (HTTP status 404" in refusal(MissingError, Layout.open, "a/b")
 
 
 def test_no_config_names_a_removed_repository(pytestconfig):

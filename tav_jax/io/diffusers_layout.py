@@ -185,8 +185,12 @@ def _hub_problem(name: str, error: BaseException) -> str:
         return f"is neither a directory nor a repository on the hub ({answer}); {fix}"
     if isinstance(error, errors.HFValidationError):
         return f"is neither a directory nor a valid hub id. {SOURCE_HELP}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"is not a directory and not downloaded yet, and HF_HUB_OFFLINE is set; unset it. {SOURCE_HELP}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no such revision on the hub ({answer}); check the spelling of `revision`"
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        is_option = isinstance(error, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        setting = "local_files_only" if is_option else "HF_HUB_OFFLINE"
+        return f"is not a directory and not downloaded yet, and {setting} is set; unset it. {SOURCE_HELP}"
     if status == 429 or (status or 0) >= 500:
         return f"could not be downloaded, because the hub is not available ({answer}); try again later"
     if status is None and isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno:
