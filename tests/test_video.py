@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import resource
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tav_jax.cli import terminal
 from tav_jax.errors import InputError, MissingError, TavError
 from tav_jax.io import caption, decoding, paths, tone_mapping, video
 from tav_jax.io.video import Audio, Clip, Edit, load_video, side_by_side
@@ -596,6 +598,14 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, name, signal, colorspace):
         # A step of 10 bits of a bright primary is 0.1 % of the light of the others: 255 · 0.001^(1/2.4) = 14.
         tolerance = [3 if value else 14 for value in expected]
         assert (abs(frame.astype(int) - expected).max((0, 1)) <= tolerance).all(), (color, frame[0, 0], expected)
+
+
+def test_warnings_of_commands_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    terminal.shorten_warnings()
+    warning = UserWarning("phone.mp4 is an HDR video (PQ)")
+    assert warnings.formatwarning(warning, UserWarning, video.__file__, 3) == "tav: phone.mp4 is an HDR video (PQ)\n"
+    assert "test_video.py:3: UserWarning: phone.mp4" in warnings.formatwarning(warning, UserWarning, __file__, 3)
 
 
 def test_tone_curve():

@@ -172,6 +172,7 @@ def fail(message: str, code: int) -> int:
 
 def entry() -> None:
     terminal.protect_streams()
+    terminal.shorten_warnings()
     code = main()
     if code == 0 and (reason := terminal.lost_output()):
         print(f"tav: standard output could not be written ({reason})", file=sys.stderr)

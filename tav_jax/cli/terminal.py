@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import Any
 
 
@@ -43,6 +44,17 @@ def lost_output() -> str | None:
     sys.stdout.flush()
     error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None)
     return error.strerror.lower() if error and error.errno != errno.EPIPE else None
+
+
+def shorten_warnings() -> None:
+    """Print the warnings of this package as one line, such as that of an HDR clip, and others as Python does."""
+    package, default = os.path.dirname(os.path.dirname(__file__)), warnings.formatwarning
+
+    def short(message: Any, category: type[Warning], filename: str, *args: Any, **options: Any) -> str:
+        ours = issubclass(category, UserWarning) and filename.startswith(package)
+        return f"tav: {message}\n" if ours else default(message, category, filename, *args, **options)
+
+    warnings.formatwarning = short
 
 
 def interrupt_on_signals() -> None:
