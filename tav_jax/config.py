@@ -35,6 +35,7 @@ MAX_TEXT, MAX_LIST, MAX_PROBLEMS = 100_000, 10_000, 20  # characters of a string
 def get_config() -> "ConfigDict":
     """The paper's settings: 24 frames of 512², 500 steps at 3e-5, 50 + 50 DDIM steps, guidance 12.5."""
     from ml_collections import ConfigDict
+    from ml_collections.config_dict import placeholder
 
     return ConfigDict(
         {
@@ -47,7 +48,7 @@ def get_config() -> "ConfigDict":
             },
             "clip": {
                 "path": "",
-                "prompt": "",
+                "prompt": placeholder(str),  # None: not set. The empty prompt is valid
                 "frames": 24,
                 "height": 512,
                 "width": 512,
@@ -91,7 +92,7 @@ MEANINGS = {
     "model.temporal_attention": "whether the temporal attention layers are used",
     "model.kernel": "kernel of spatial attention",
     "clip.path": "a video file or a directory of images, local or in a bucket",
-    "clip.prompt": "a description of the clip",
+    "clip.prompt": "a description of the clip in one sentence; must be set, and may be empty",
     "clip.frames": "number of frames; 0: all",
     "clip.height": "in pixels, a multiple of the VAE's down-sampling factor, 8 for Stable Diffusion",
     "clip.width": "as clip.height",
@@ -126,7 +127,17 @@ MEANINGS = {
 }
 
 # What may differ when a run continues. With any other difference it is another run.
-MAY_CHANGE = ("train.steps", "train.preview_every", "train.remat", "edit.", "log.", "mesh.", "model.kernel")
+# The clip may be another file with the same content, see `training/source_clip.py`.
+MAY_CHANGE = (
+    "clip.path",
+    "train.steps",
+    "train.preview_every",
+    "train.remat",
+    "edit.",
+    "log.",
+    "mesh.",
+    "model.kernel",
+)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
@@ -252,13 +263,13 @@ def validate(config: Any) -> "ConfigDict":
         raise InputError(f"the config cannot be read ({short_repr(str(error))}); start from get_config()") from error
     problems, values = unknown_settings(name for name, _ in given), {}
     for name, value in given:
-        if name not in known:
+        if name not in known or (value is None and known[name] is None):
             continue
         if name == "train.remat":
             value = {"true": "block", "false": "none"}.get(str(value).lower(), value)  # a bool in early versions
-        if (converted := _as_type(value, known[name])) is None:
-            kind = TYPES[type(known[name])]
-            problems.append(f"{name} is {short_repr(value)}, expected {kind} such as {known[name]!r}")
+        default = "" if known[name] is None else known[name]
+        if (converted := _as_type(value, default)) is None:
+            problems.append(f"{name} is {short_repr(value)}, expected {TYPES[type(default)]} such as {default!r}")
         else:
             values[name] = converted
     for name, value in values.items():

@@ -279,6 +279,15 @@ def test_all_problems_are_reported_together():
         assert part in str(caught.value)
 
 
+def test_prompt_that_is_not_given_differs_from_the_empty_prompt(tmp_path):
+    assert settings.read_config([]).clip.prompt is None
+    assert settings.read_config(["--config.clip.prompt="]).clip.prompt == ""
+    stored = tmp_path / "config.json"
+    for prompt in (None, "", "a man"):
+        stored.write_text(config.to_json(config.validate(changed(clip__prompt=prompt))))
+        assert settings.read_config([f"--config={stored}"]).clip.prompt == prompt
+
+
 def test_a_config_file_that_is_missing_or_broken(tmp_path):
     with pytest.raises(MissingError, match=r"nowhere\.py does not exist"):
         settings.read_config([f"--config={tmp_path}/nowhere.py"])

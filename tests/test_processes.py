@@ -226,7 +226,7 @@ def test_different_numbers_of_processes_are_refused():
 def train(*arguments: str) -> list[str]:
     model = f"--config.model.path={REFERENCE / 'sd1/model'}"
     size = [f"--config.clip.{name}={value}" for name, value in (("height", 32), ("width", 32), ("frames", 2))]
-    return ["-m", "tav_jax", "train", model, *size, *arguments]
+    return ["-m", "tav_jax", "train", model, "--config.clip.prompt=a square", *size, *arguments]
 
 
 @pytest.mark.parametrize(("started", "missing"), [(0, "process 1"), (1, "process 0")])
@@ -295,8 +295,9 @@ def test_an_error_in_one_process_ends_all_with_its_message(clip_file, tmp_path):
         both.start(index, *train(f"--workdir={tmp_path / 'run'}", "--config.clip.path=square.mp4"), cwd=cwd)
     (first, _, errors0), (second, _, errors1) = both.results(120)
     assert (first, second) == (1, 2)
-    assert "tav: square.mp4 does not exist" in errors1
-    assert "tav: process 1 stopped: square.mp4 does not exist" in errors0
+    missing = f"{tmp_path / 'elsewhere/square.mp4'} does not exist"
+    assert f"tav: {missing}" in errors1
+    assert f"tav: process 1 stopped: {missing}" in errors0
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tav_jax.cli import edit
 from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io import video, weights
-from tav_jax.training import checkpoint, derived, run_directory
+from tav_jax.training import checkpoint, checksums, derived, run_directory
 from tav_jax.training import run as run_module
 from tav_jax.training.run import Run, sampling_options
 from tav_jax.training.run_directory import RunDirectory
@@ -270,6 +270,42 @@ def test_side_by_side_shows_source_and_edits():
     np.testing.assert_array_equal(combined.frames[:, -16:, :24], frames)
     np.testing.assert_array_equal(combined.frames[:, -16:, -24:], 255 - frames)
     assert (combined.frames[0, :-16] < 128).any()  # the prompt is drawn
+
+
+# ------------------------------------------------------------------------------------------------- while training runs
+
+
+def test_checkpoint_that_is_removed_while_it_is_verified_is_not_damaged(run_copy, tmp_path, monkeypatch):
+    directory, real = run_copy / "checkpoints", checksums._hash
+    (directory / "6").rename(tmp_path / "6")
+
+    def hash_after_removal(file):
+        if (directory / "4").exists():  # training saves step 6 and removes step 4
+            (tmp_path / "6").rename(directory / "6")
+            (directory / "4").rename(tmp_path / "4")
+        return real(file)
+
+    monkeypatch.setattr(checksums, "_hash", hash_after_removal)
+    assert checksums.examine(directory) == checksums.Examination(6, [])
+
+
+def test_checkpoint_that_is_removed_before_it_is_read_is_replaced_by_the_next_one(run_copy, monkeypatch, capsys):
+    expected, real = trained(run_copy, 4), TuneAVideo.from_config
+
+    def remove_and_load(config):
+        shutil.rmtree(run_copy / "checkpoints/6")
+        return real(config)
+
+    monkeypatch.setattr(TuneAVideo, "from_config", remove_and_load)
+    run = Run.open(run_copy)
+    tav = TuneAVideo.restore(run_copy, run=run)
+    found = weights.torch_tensors(tav.components.unet, "unet")
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert run.checkpoints.newest == 4
+    assert "damaged" not in capsys.readouterr().out
+    shutil.copytree(run_copy / "checkpoints/4", run_copy / "checkpoints/6")
+    with pytest.raises(MissingError, match="has no checkpoint of step 6; it has 4"):
+        TuneAVideo.restore(run_copy, step=6)
 
 
 # ------------------------------------------------------------------------------------------------- storage

@@ -17,8 +17,7 @@ from tav_jax.errors import InputError
 from tav_jax.io.progress import counter, progress_bar
 from tav_jax.io.video import Clip, Edit, side_by_side
 from tav_jax.pipeline import TuneAVideo
-from tav_jax.training import derived
-from tav_jax.training.loop import clip_digest
+from tav_jax.training import derived, source_clip
 from tav_jax.training.run import Run, log, publish_video, sampling_options
 from tav_jax.training.run_directory import RunDirectory, file_names
 
@@ -32,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None:
             training_run.config.edit[name] = value
     training_run.config = configs.validate(training_run.config)
+    if arguments.clip is not None:
+        training_run.config.clip.path = source_clip.absolute(arguments.clip)
     prompts = arguments.prompt or training_run.config.edit.prompts
     options = {"inversion": not arguments.no_inversion, "seeds": arguments.seed or (0,), "force": arguments.force}
     suffix = ".gif" if arguments.gif else ".mp4"
@@ -74,9 +75,9 @@ def edit(
     processes.run_on_primary("checking the outputs", lambda: _check_outputs(directory, () if force else names))
 
     run.directory.remove_scratch()
-    clip = run.load_clip()
-    step = run.checkpoints.newest if step is None else step
+    clip = run.load_clip(run.checkpoints.read_metadata(step).get("clip"))
     tav = TuneAVideo.restore(run.directory, step=step, run=run)
+    step = run.checkpoints.newest if step is None else step  # after restoring, in case training has removed it before
     tav.source = clip
     noise = invert_cached(run, tav, clip, step) if inversion else None
     sampling = sampling_options(settings) | ({} if inversion else {"inversion_steps": None})
@@ -125,7 +126,7 @@ def invert_cached(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> An
     """The inverted clip, cached in the run's directory. The file name is a hash of all that the result depends on."""
     steps = run.config.edit.inversion_steps
     dependencies = {
-        "frames": clip_digest(clip),
+        "frames": source_clip.frames_digest(clip),
         "shape": clip.frames.shape,
         "base": tav.components.fingerprint,
         "checkpoint": step,

@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--workdir", required=True, help="the directory of a `tav train` run")
     edit.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     edit.add_argument("--step", type=int, help="use the checkpoint of this step (default: the newest)")
+    edit.add_argument("--clip", help="the clip of the run, if its file has moved (default: where it was)")
     edit.add_argument("--out", help="directory for the videos (default: WORKDIR/edits)")
     edit.add_argument("--negative-prompt", help="what to avoid (default: the config's)")
     edit.add_argument("--sampler", help="ddim, or dpm++2m, which needs 20 to 25 steps (default: the config's)")

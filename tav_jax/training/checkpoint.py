@@ -123,22 +123,48 @@ class Checkpoints:
         return TrainState(state.params, opt_state)
 
     def _restore(self, step: int | None, **items: Any) -> Any:
-        step = self.newest if step is None else step
+        """Read a checkpoint. `tav train` may remove the newest one meanwhile: then read the next one."""
+        if step is not None or self._repair:
+            return self._read(self.newest if step is None else step, **items)
+        while True:
+            result = error = None
+            try:
+                result = self._read(self.newest, **items)
+            except (MissingError, WeightsError) as caught:
+                error = caught
+            if not processes.any_process(error is not None):
+                return result
+            previous = self.newest
+            self.newest, self.messages = processes.run_on_primary("verifying the checkpoints", self._verify)
+            if self.newest == previous:
+                if error:
+                    raise error
+                return result
+            self.manager.reload()
+
+    def _read(self, step: int | None, **items: Any) -> Any:
         if step is None:
             raise MissingError(f"{self.directory} holds no checkpoint yet; run `tav train` until one is written")
-        if step not in (steps := sorted(self.manager.all_steps())):
-            found = ", ".join(map(str, steps)) or "none"
-            raise MissingError(f"{self.directory} has no checkpoint of step {step}; it has {found}")
+        self._check_exists(step)
         checkpoint = self.directory / str(step)
         if step != self.newest and (reason := checksums.damage(checkpoint)):
+            self._check_exists(step)
             raise WeightsError(f"the checkpoint of step {step} is damaged ({reason}); use another of {self.directory}")
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises errors of many types, even Exception itself
+            self._check_exists(step)
             if checksums.damage(checkpoint) is None:  # the error has another cause
                 raise
             reason = _reason(error.__cause__ or error)
             raise WeightsError(f"the checkpoint {checkpoint} cannot be read ({reason}); it is damaged") from error
+        self._check_exists(step)  # it may be incomplete if its files were removed meanwhile
+        return restored
+
+    def _check_exists(self, step: int) -> None:
+        if step not in (steps := checksums.steps(self.directory)):
+            found = ", ".join(map(str, reversed(steps))) or "none"
+            raise MissingError(f"{self.directory} has no checkpoint of step {step}; it has {found}")
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:

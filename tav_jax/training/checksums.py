@@ -63,22 +63,25 @@ def damage(checkpoint: Any) -> str | None:
 
 def examine(directory: Any) -> Examination:
     """Find the newest intact checkpoint. If there is none, use the newest without checksums, which early versions did
-    not write. Damage to that one is found only when Orbax reads it."""
-    damaged: list[tuple[int, str]] = []
-    try:
-        exists = directory.exists() or ("://" not in str(directory) and os.path.islink(directory))
-        names = [x.name for x in directory.iterdir() if x.is_dir()] if exists else []
-    except OSError as error:
-        raise WeightsError(
-            f"{directory} cannot be read ({paths.reason(error)}); restore it from a copy, or use another --workdir"
-        ) from error
-    # Names of unfinished and of damaged checkpoints are longer.
-    steps = sorted((int(name) for name in names if STEP.fullmatch(name)), reverse=True)
-    for step in steps:
-        if (reason := damage(directory / str(step))) is None:
-            return Examination(step, damaged)
-        damaged.append((step, reason))
-    for i, step in enumerate(steps):
+    not write. Damage to that one is found only when Orbax reads it.
+
+    While `tav train` runs, it removes checkpoints that are being read here. So damage counts only if there are the same
+    checkpoints afterwards.
+    """
+    listed = steps(directory)
+    while True:
+        newest, damaged = None, []
+        for step in listed:
+            if (reason := damage(directory / str(step))) is None:
+                newest = step
+                break
+            damaged.append((step, reason))
+        before, listed = listed, steps(directory) if damaged else listed
+        if listed == before:
+            break
+    if newest is not None:
+        return Examination(newest, damaged)
+    for i, step in enumerate(listed):
         if not (directory / str(step) / FILE).exists():
             return Examination(step, damaged[:i])
     if damaged:
@@ -88,6 +91,19 @@ def examine(directory: Any) -> Examination:
             "start again in another --workdir."
         )
     return Examination(None, [])
+
+
+def steps(directory: Any) -> list[int]:
+    """The steps of the finished checkpoints, newest first."""
+    try:
+        exists = directory.exists() or ("://" not in str(directory) and os.path.islink(directory))
+        names = [x.name for x in directory.iterdir() if x.is_dir()] if exists else []
+    except OSError as error:
+        raise WeightsError(
+            f"{directory} cannot be read ({paths.reason(error)}); restore it from a copy, or use another --workdir"
+        ) from error
+    # Names of unfinished and of damaged checkpoints are longer.
+    return sorted((int(name) for name in names if STEP.fullmatch(name)), reverse=True)
 
 
 def rename_damaged(directory: Any, step: int) -> str:

@@ -1,7 +1,8 @@
 """The loop of `tav train`, with checkpoints, previews and the profiler."""
 
 import contextlib
-import hashlib
+import functools
+import shlex
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from tav_jax.errors import NotFiniteError, StoppedError
 from tav_jax.io.progress import progress_bar
 from tav_jax.io.video import Clip
 from tav_jax.pipeline import TuneAVideo
-from tav_jax.training import nonfinite
+from tav_jax.training import nonfinite, source_clip
 from tav_jax.training.metrics import Metrics, check_installed
 from tav_jax.training.preemption import Stop, stop_message
 from tav_jax.training.run import Run, is_due, log, publish_video, sampling_options
@@ -35,12 +36,19 @@ def train(run: Run, stop: Stop | None = None) -> None:
 def _train(run: Run, stop: Stop) -> None:
     c = run.config
     first = (run.checkpoints.newest or 0) if run.directory.has_run else 0
+    recorded = run.checkpoints.read_metadata().get("clip") if first else None
+    check_moved = functools.partial(run.clip_moved, recorded)
+    moved = run.directory.has_run and processes.run_on_primary("comparing the path of the clip", check_moved)
     previews_missing = processes.run_on_primary("checking the previews", lambda: run.previews_missing(first))
-    if first >= c.train.steps and not previews_missing:
-        log(f"{run.directory} is finished: {first} steps of {c.train.steps}. Edit with `tav edit --workdir=…`.")
+    finished = first >= c.train.steps and not previews_missing
+    clip = None if finished and not moved else run.load_clip(recorded)
+    if clip is None or finished:
+        if moved:
+            run.save_clip_path()
+        total = f" of {c.train.steps}" if first == c.train.steps else f", more than train.steps={c.train.steps}"
+        log(f"{run.directory} is finished: {plural(first, 'step')}{total}. Edit with {edit_command(run)}.")
         return
 
-    clip = run.load_clip()
     tav = TuneAVideo.from_config(c)
     tav.source = clip
     posterior, text = tav.posterior(clip), tav.encode_text(c.clip.prompt)
@@ -55,7 +63,8 @@ def _train(run: Run, stop: Stop) -> None:
     trainer.offload()
 
     run.directory.create()
-    metadata = run.save_metadata({"began_at": first, "base": tav.components.fingerprint, "clip": clip_digest(clip)})
+    recorded = {**(recorded or source_clip.describe(clip, c.clip.path)), "path": c.clip.path}
+    metadata = run.save_metadata({"began_at": first, "base": tav.components.fingerprint, "clip": recorded})
     metrics = Metrics(run.directory, first, tensorboard=c.log.tensorboard, wandb=c.log.wandb, config=c.to_dict())
     profiler = Profiler(run.directory, c.log.profile_step * processes.is_primary(), c.log.profile_steps)
     done, stopping = first, False
@@ -114,7 +123,15 @@ def _train(run: Run, stop: Stop) -> None:
     finally:
         profiler.close()
         metrics.close()
-    log(f"Tuned for {c.train.steps} steps. Edit with `tav edit --workdir={run.directory} --prompt=…`.")
+    log(f"Tuned for {plural(max(first, c.train.steps), 'step')}. Edit with {edit_command(run)}.")
+
+
+def edit_command(run: Run) -> str:
+    return f"`tav edit --workdir={shlex.quote(str(run.directory))} --prompt=…`"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def summary(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
@@ -123,7 +140,9 @@ def summary(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
     frames, height, width, _ = clip.frames.shape
     total = sum(x.size for x in jax.tree.leaves(trainer.tav.components.unet))
     needed = workload.bytes_needed(workload.shape, workload.devices)
-    action = f"Continuing at step {first} of {c.train.steps}" if first else f"Tuning for {c.train.steps} steps"
+    action = (
+        f"Continuing at step {first} of {c.train.steps}" if first else f"Tuning for {plural(c.train.steps, 'step')}"
+    )
     return (
         f"{action}: {trainer.parameters / 1e6:.2f} M of {total / 1e6:.2f} M parameters, "
         f"{frames} frames of {height}×{width}, {c.model.dtype} on {jax.devices()[0].device_kind}, about "
@@ -142,10 +161,6 @@ def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, met
             metrics.log_preview(step, Path(file).stem, edit.frames)
     except NotFiniteError as error:  # the training can continue
         log(f"No preview at step {step}: {error}")
-
-
-def clip_digest(clip: Clip) -> str:
-    return hashlib.blake2b(clip.frames.tobytes(), digest_size=16).hexdigest()
 
 
 class Profiler:

@@ -12,12 +12,12 @@ from tav_jax.distributed import processes, sharding
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io.video import Clip, load_video
 from tav_jax.io.weights import Components
-from tav_jax.training import derived, environment
+from tav_jax.training import derived, environment, source_clip
 from tav_jax.training.checkpoint import Checkpoints
 from tav_jax.training.run_directory import RunDirectory, file_names
 from tav_jax.training.train_step import TrainState, trainable_filter
 
-SAMPLE_CLIPS = {"data/man-skiing.mp4", "data/car-turn.mp4"}  # in the official repository
+SAMPLE_CLIPS = ("/data/man-skiing.mp4", "/data/car-turn.mp4")  # in the official repository
 
 
 def log(*words: Any) -> None:
@@ -54,6 +54,14 @@ class Run:
         if config.edit.prompts and config.train.preview_every:
             configs.check_edit_steps(config.edit)
         processes.check_same({"--workdir": str(workdir), **dict(configs.leaves(config))})
+        if not config.clip.path:
+            raise InputError("clip.path is empty; give the clip to learn from, such as --config.clip.path=man.mp4")
+        if config.clip.prompt is None:
+            raise InputError(
+                "clip.prompt is not set; describe the clip in one sentence, such as --config.clip.prompt='a man is "
+                "skiing', or set it to '' to tune on the empty prompt"
+            )
+        config.clip.path = source_clip.absolute(config.clip.path)
         directory = RunDirectory(workdir)
         directory.check_writable()
         directory.check_shared()
@@ -90,25 +98,49 @@ class Run:
                 "weights trained on top of them. Restore the old weights, or start again in another --workdir."
             )
 
-    def load_clip(self) -> Clip:
-        """The clip that the config names."""
-        c = self.config.clip
-        if not c.path:
-            raise InputError("clip.path is empty; give the clip to learn from, such as --config.clip.path=man.mp4")
+    def load_clip(self, recorded: dict[str, Any] | None = None) -> Clip:
+        """The clip that the config names. Refuses a clip that differs from the one that a checkpoint has recorded."""
+        c, option = self.config.clip, "--config.clip.path" if self.is_training else "--clip"
         size = (c.height, c.width)
         try:
-            return load_video(c.path, frames=c.frames or None, size=size, start=c.start, stride=c.stride, fit=c.fit)
+            clip = load_video(c.path, frames=c.frames or None, size=size, start=c.start, stride=c.stride, fit=c.fit)
         except MissingError as error:
-            if c.path in SAMPLE_CLIPS:
+            if recorded:
+                raise MissingError(
+                    f"{c.path}, the clip that this run was tuned on, does not exist; put it back, or give its new path "
+                    f"with {option}=…"
+                ) from error
+            if c.path.endswith(SAMPLE_CLIPS):
                 raise MissingError(
                     f"{c.path} does not exist; download it from the directory data/ of "
                     "github.com/showlab/Tune-A-Video, or give your own clip with --config.clip.path=…"
                 ) from error
             raise
+        fix = f"give that clip with {option}=…" + ", or use another --workdir" * self.is_training
+        if note := source_clip.check(recorded, clip, c.path, fix):
+            log(note)
+        return clip
+
+    def clip_moved(self, recorded: dict[str, Any] | None) -> bool:
+        """Whether the path of the clip differs from that in the run's config.json. Refused if the run has not recorded
+        its clip, so that their contents cannot be compared."""
+        before = source_clip.absolute(self.directory.read_config().clip.path)
+        if before != self.config.clip.path and not recorded:
+            raise InputError(
+                f"{self.directory} holds a run with another config: clip.path was {before!r} and is "
+                f"{self.config.clip.path!r}. Use another --workdir, or the old settings."
+            )
+        return before != self.config.clip.path
+
+    def save_clip_path(self) -> None:
+        """Change the path of the clip in config.json, and nothing else there."""
+        config = self.directory.read_config()
+        config.clip.path = self.config.clip.path
+        self.directory.write("config.json", configs.to_json(config))
 
     def save_metadata(self, session: dict[str, Any]) -> dict[str, Any]:
         """Write config.json and environment.json, which also keeps the earlier sessions of the run. Returns the
-        metadata of its checkpoints."""
+        metadata of its checkpoints. `session` has the base model's fingerprint and the record of the clip."""
         config = configs.to_json(self.config)
         self.directory.write("config.json", config)
         if processes.is_primary():
@@ -117,7 +149,7 @@ class Run:
             earlier = [*(earlier if isinstance(earlier, list) else [earlier]), *([previous] if previous else [])]
             record = {**environment.describe(), **session, "earlier": earlier}
             self.directory.write("environment.json", json.dumps(record, indent=2) + "\n")
-        return {"fingerprint": session["base"], "config": json.loads(config)}
+        return {"fingerprint": session["base"], "config": json.loads(config), "clip": session["clip"]}
 
     def previews_due(self, step: int) -> bool:
         return is_due(step, self.config.train.preview_every) and bool(self.config.edit.prompts)
