@@ -13,7 +13,8 @@ import pytest
 from conftest import REFERENCE
 
 from tav_jax import Clip, TuneAVideo, load_video
-from tav_jax.io.video import GAP, Audio
+from tav_jax.io.side_by_side import GAP
+from tav_jax.io.video import Audio
 
 pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
 
@@ -119,8 +120,10 @@ def test_edit(workdir, tmp_path):
     assert combined.frames.shape[2] == 3 * 48 + 2 * GAP
 
     edit = ("edit", f"--workdir={workdir}", "--prompt=green")
-    assert "Reusing the inversion" in succeeded(*edit, "--guidance=3", "--strength=0.5", f"--out={tmp_path}")
-    assert "add --force" in refused(*edit, f"--out={tmp_path}")
+    options = ("--guidance=3", "--strength=0.5", f"--out={tmp_path}")
+    assert "Reusing the inversion" in succeeded(*edit, *options)
+    message = refused(*edit, *options)
+    assert "/green-guidance3-strength0.5.mp4 exists already; add --force" in message
 
 
 @pytest.mark.slow
@@ -134,7 +137,7 @@ def test_edit_with_fewer_steps_than_the_inversion(workdir, tmp_path):
     noise = tav.invert(load_video(workdir.parent / "source.mp4", frames=5, size=(32, 48), start=6, stride=3), steps=3)
     expected = tav.sample("blue square", latents=noise, steps=2, inversion_steps=3)
     other = tav.sample("blue square", latents=noise, steps=2)
-    ours = load_video(tmp_path / "blue-square.mp4").frames.astype(int)
+    ours = load_video(tmp_path / "blue-square-steps2.mp4").frames.astype(int)
     assert np.abs(ours - expected.frames).mean() < np.abs(ours - other.frames).mean() / 2
 
 
@@ -144,8 +147,8 @@ def test_edit_of_an_earlier_checkpoint(workdir, tmp_path):
     assert "/checkpoints has no checkpoint of step 7; it has 55, 60" in refused(*edit, "--step=7", f"--out={tmp_path}")
     assert not list(tmp_path.iterdir())
     for step in (55, 60):
-        succeeded(*edit, f"--step={step}", f"--out={tmp_path / str(step)}")
-    earlier, newest = (load_video(tmp_path / step / "blue-square.mp4").frames for step in ("55", "60"))
+        succeeded(*edit, f"--step={step}", f"--out={tmp_path}")
+    earlier, newest = (load_video(tmp_path / f"blue-square-step{step}.mp4").frames for step in (55, 60))
     assert not np.array_equal(earlier, newest)
 
 

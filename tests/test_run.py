@@ -14,7 +14,7 @@ from tav_jax import Clip, TuneAVideo
 from tav_jax.cli import edit
 from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
-from tav_jax.io import video, weights
+from tav_jax.io import side_by_side, video, weights
 from tav_jax.training import checkpoint, checksums, derived, run_directory
 from tav_jax.training import run as run_module
 from tav_jax.training.run import Run, sampling_options
@@ -252,7 +252,7 @@ def test_edits_from_noise_and_in_another_directory(finished_run, tmp_path):
     run = Run.open(finished_run)
     paths = edit.edit(run, ["red"], out=str(tmp_path / "out"), inversion=False, seeds=(1, 2), suffix=".gif")
     names = sorted(path.rsplit("/", 1)[1] for path in paths)
-    assert names == ["red-seed1.gif", "red-seed2.gif", "side-by-side-red.gif"]
+    assert names == ["red-seed1.gif", "red-seed2.gif", "side-by-side-red-seed1-2.gif"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file is a file; give a directory"):
         edit.edit(run, ["red"], out=str(tmp_path / "file"))
@@ -263,9 +263,9 @@ def test_edits_from_noise_and_in_another_directory(finished_run, tmp_path):
 def test_side_by_side_shows_source_and_edits():
     frames = np.arange(3 * 16 * 24 * 3, dtype=np.uint8).reshape(3, 16, 24, 3)
     edits = [video.Edit(frames=255 - frames, fps=5.0, prompt="word " * 500, latents=jnp.zeros((1, 3, 2, 2, 4)))]
-    combined = video.side_by_side(Clip(frames, 5.0), edits, "")
+    combined = side_by_side.side_by_side(Clip(frames, 5.0), edits, "")
     assert combined.frames.shape[0] == 3
-    assert combined.frames.shape[2] == 2 * 24 + video.GAP
+    assert combined.frames.shape[2] == 2 * 24 + side_by_side.GAP
     assert combined.frames.shape[1] < 16 + 100  # a long prompt is cut after a few lines
     np.testing.assert_array_equal(combined.frames[:, -16:, :24], frames)
     np.testing.assert_array_equal(combined.frames[:, -16:, -24:], 255 - frames)

@@ -19,7 +19,8 @@ from PIL import Image
 from tav_jax.cli import terminal
 from tav_jax.errors import InputError, MissingError, TavError
 from tav_jax.io import caption, decoding, paths, tone_mapping, video
-from tav_jax.io.video import Audio, Clip, Edit, load_video, side_by_side
+from tav_jax.io.side_by_side import side_by_side
+from tav_jax.io.video import Audio, Clip, Edit, load_video
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 170, 60), (30, 40, 210), (128, 128, 128)
 # With two B-frames, two of three frames are stored out of display order.

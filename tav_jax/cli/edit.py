@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +16,14 @@ from tav_jax.cli.settings import silence_background_tracebacks
 from tav_jax.distributed import compilation_cache, memory, processes
 from tav_jax.errors import InputError
 from tav_jax.io.progress import counter, progress_bar
-from tav_jax.io.video import Clip, Edit, side_by_side
+from tav_jax.io.side_by_side import grid_shape, side_by_side
+from tav_jax.io.video import Clip, Edit
 from tav_jax.pipeline import TuneAVideo
 from tav_jax.training import derived, source_clip
 from tav_jax.training.run import Run, log, publish_video, sampling_options
 from tav_jax.training.run_directory import RunDirectory, file_names
+
+MAX_SUFFIX = 60  # characters of a file name for settings
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.clip is not None:
         training_run.config.clip.path = source_clip.absolute(arguments.clip)
     prompts = arguments.prompt or training_run.config.edit.prompts
-    options = {"inversion": not arguments.no_inversion, "seeds": arguments.seed or (0,), "force": arguments.force}
+    options = {"inversion": not arguments.no_inversion, "seeds": arguments.seed, "force": arguments.force}
     suffix = ".gif" if arguments.gif else ".mp4"
     paths = edit(training_run, prompts, step=arguments.step, out=arguments.out, suffix=suffix, **options)
     if processes.is_primary():
@@ -49,17 +53,23 @@ def edit(
     step: int | None = None,
     out: str | None = None,
     inversion: bool = True,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = (),
     suffix: str = ".mp4",
     force: bool = False,
 ) -> list[str]:
     """Sample the prompts with the run's settings. Writes a video for each prompt and one with all of them side by side,
-    and returns their paths. `step` is the step of the checkpoint, by default the newest."""
+    and returns their paths. `step` is the step of the checkpoint, by default the newest. `seeds` are those of the noise
+    without `inversion`, by default 0."""
     settings = run.config.edit
     if not prompts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
     if inversion:
         configs.check_edit_steps(settings)
+        if seeds:
+            raise InputError(
+                f"--seed={seeds[0]} has no effect on edits that start from the inverted clip; add --no-inversion to "
+                "start from random noise, or leave --seed out"
+            )
     elif settings.strength < 1:
         raise InputError(
             f"strength is {settings.strength:g}, but --no-inversion leaves no clip to keep; add --strength=1"
@@ -67,11 +77,14 @@ def edit(
     options = {"step": step, "out": out, "inversion": inversion, "seeds": list(seeds), "suffix": suffix, "force": force}
     options |= {f"edit.{name}": value for name, value in settings.items()}
     processes.check_same({"prompts": list(prompts), **options})
-    outputs = _outputs(prompts, (None,) if inversion else seeds, suffix)
+    c = run.config.clip
+    outputs = _outputs(prompts, (None,) if inversion else seeds or (0,))
+    grid_shape(len(outputs) + 1, c.height, c.width)  # refuses more edits than fit into the video of all
+    ending = settings_suffix(run.directory.read_config().edit.to_dict(), settings.to_dict(), step) + suffix
     directory = RunDirectory(out) if out else run.directory
     prefix = "" if out else "edits/"
-    combined = prefix + file_names(["side by side " + ", ".join(prompts)])[0] + suffix
-    names = (*(prefix + name for _, _, name in outputs), combined)
+    combined = file_names(["side by side " + ", ".join(prompts)])[0] + _seeds_suffix([] if inversion else seeds or (0,))
+    names = [f"{prefix}{name}{ending}" for name in (*(name for _, _, name in outputs), combined)]
     processes.run_on_primary("checking the outputs", lambda: _check_outputs(directory, () if force else names))
 
     run.directory.remove_scratch()
@@ -87,9 +100,9 @@ def edit(
         selected = [prompt for prompt, its_seed, _ in outputs if its_seed == seed]
         edits += sample_in_batches(tav, selected, start, sampling)
 
-    for sampled, (_, _, name) in zip(edits, outputs, strict=True):
-        publish_video(directory, Clip(sampled.frames, sampled.fps, sampled.audio), prefix + name)
-    publish_video(directory, side_by_side(clip, edits, run.config.clip.prompt), combined)
+    videos = [Clip(sampled.frames, sampled.fps, sampled.audio) for sampled in edits]
+    for video, name in zip([*videos, side_by_side(clip, edits, c.prompt)], names, strict=True):
+        publish_video(directory, video, name)
     return [str(directory / name) for name in names]
 
 
@@ -99,14 +112,43 @@ def _check_outputs(directory: RunDirectory, names: Sequence[str]) -> None:
         raise InputError(f"{directory / existing[0]} exists already; add --force to overwrite, or give another --out")
 
 
-def _outputs(prompts: Sequence[str], seeds: Sequence[int | None], suffix: str) -> list[tuple[str, int | None, str]]:
-    """(prompt, seed, file name) of each video. Repeated prompts are dropped."""
+def _outputs(prompts: Sequence[str], seeds: Sequence[int | None]) -> list[tuple[str, int | None, str]]:
+    """(prompt, seed, name) of each video. Repeated prompts are dropped."""
     prompts = list(dict.fromkeys(prompts))
     return [
-        (prompt, seed, name + (f"-seed{seed}" if seed is not None else "") + suffix)
+        (prompt, seed, name + _seeds_suffix([seed]))
         for seed in dict.fromkeys(seeds)
         for prompt, name in zip(prompts, file_names(prompts), strict=True)
     ]
+
+
+def settings_suffix(config: Mapping[str, Any], used: Mapping[str, Any], step: int | None = None) -> str:
+    """The part of a file name that tells what differs from the run's `edit` settings, such as `-strength0.6`, and the
+    step of a checkpoint that was chosen. Different settings have different suffixes."""
+    changed = {name: value for name, value in used.items() if value != config[name] and name != "prompts"}
+    changed |= {} if step is None else {"step": step}
+    text = "".join(f"-{name.replace('_', '-')}{_value_text(value)}" for name, value in changed.items())
+    return text if len(text) <= MAX_SUFFIX else f"-settings-{_digest(changed)}"
+
+
+def _value_text(value: Any) -> str:
+    """A number as it is; the letters and digits of a text, with a digest if they do not determine it."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value).removesuffix(".0")
+    text = value if isinstance(value, str) else json.dumps(value, default=list)
+    slug = re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
+    exact = re.fullmatch(r"[a-z0-9.+]+( [a-z0-9.+]+)*", text)
+    return f"-{slug}" if exact else f"-{slug[:24]}-{_digest(text)}"
+
+
+def _seeds_suffix(seeds: Sequence[int | None]) -> str:
+    text = "".join(f"-{seed}" for seed in dict.fromkeys(seeds) if seed is not None)
+    return "" if not text else f"-seed{text[1:]}" if len(text) <= MAX_SUFFIX else f"-seeds-{_digest(seeds)}"
+
+
+def _digest(value: Any, size: int = 4) -> str:
+    text = json.dumps(value, sort_keys=True, default=list)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
 def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], start: Any, options: dict[str, Any]) -> list[Edit]:
@@ -133,8 +175,7 @@ def invert_cached(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> An
         "model": run.config.model.to_dict(),
         "steps": steps,
     }
-    key = hashlib.blake2b(json.dumps(dependencies, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
-    name = f"inversions/{key}.safetensors"
+    name = f"inversions/{_digest(dependencies, 8)}.safetensors"
     like = jax.eval_shape(lambda: tav.noise(0, len(clip.frames), clip.frames.shape[1:3]))
     cached = derived.read_array(run.directory, name, like.shape, like.dtype)
     if not processes.any_process(cached is None):

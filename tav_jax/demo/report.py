@@ -20,7 +20,7 @@ from tav_jax.demo.evaluation import FIELDS, MEASURES, Evaluation
 from tav_jax.demo.world import IMAGE_SIZE, DemoClip
 from tav_jax.evaluation.page import GREY, Entry, code, render_page, table
 from tav_jax.io.progress import progress_bar
-from tav_jax.io.video import side_by_side
+from tav_jax.io.side_by_side import side_by_side
 from tav_jax.training.run_directory import file_names
 
 COLOURS = ("#d1495b", "#2e86ab", "#e09f3e", "#6a994e", "#8e6bbf", "#b5838d")  # of the edits

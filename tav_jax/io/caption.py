@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tav_jax.errors import short_repr
 
-MARGIN = 4  # pixels
+MARGIN, LEADING = 4, 4  # pixels
+MAX_LINES = 4
 ATTACHED = ("Mn", "Me", "Mc", "Cf")  # drawn with the character before: combining marks, joiners of emoji, …
 BITMAP_SIZES = (109, 136, 160, 128, 96, 64)  # of fonts with colored bitmaps, which are scaled; the first is Noto's
 PLACEHOLDERS = ("lastresort", "blank")  # fonts that have a box, or nothing, for every character
@@ -36,9 +37,9 @@ def caption_prompts(prompts: Sequence[str], width: int) -> list[UInt8[np.ndarray
     return images
 
 
-def caption(text: str, width: int, lines: int = 4) -> UInt8[np.ndarray, "h w 3"]:
+def caption(text: str, width: int, lines: int = MAX_LINES) -> UInt8[np.ndarray, "h w 3"]:
     """An image of black text on white, wrapped to the width and truncated after some lines."""
-    size, ascii_only, rows = max(9, width // 20), text.isascii(), [""]
+    size, ascii_only, rows = _font_size(width), text.isascii(), [""]
 
     def fits(row: str) -> bool:
         runs = _runs(row, ascii_only)
@@ -55,14 +56,23 @@ def caption(text: str, width: int, lines: int = 4) -> UInt8[np.ndarray, "h w 3"]
             rows[-1:] = [rows[-1][:end], rows[-1][end:]]
     if len(rows) > lines:
         rows = [*rows[: lines - 1], rows[lines - 1] + " …"]
-    line_height, ascent = size + 4, _load("", size)[0].getmetrics()[0]
-    image = Image.new("RGB", (width, line_height * len(rows) + 2 * MARGIN), "white")
+    line_height, ascent = size + LEADING, _load("", size)[0].getmetrics()[0]
+    image = Image.new("RGB", (width, caption_height(width, len(rows))), "white")
     for i, row in enumerate(rows):
         x = float(MARGIN)
         for font, scale, run in _load_all(_runs(row, ascii_only), size):
             _draw(image, (x, MARGIN + i * line_height + ascent), run, font, scale)
             x += font.getlength(run) * scale
     return np.asarray(image)
+
+
+def caption_height(width: int, lines: int = MAX_LINES) -> int:
+    """The height of a caption of some lines, by default of as many as are shown."""
+    return (_font_size(width) + LEADING) * lines + 2 * MARGIN
+
+
+def _font_size(width: int) -> int:
+    return max(9, width // 20)
 
 
 def missing_characters(text: str) -> str:

@@ -79,6 +79,10 @@ class VideoFile:
         self.begin = Fraction(0)  # timestamp of the first frame in seconds; audio timestamps use the same clock
         with _open(path) as (container, stream):
             self.native_fps = _constant_rate(container, stream)
+            duration = Fraction(stream.duration or 0) * stream.time_base or Fraction(
+                container.duration or 0, av.time_base
+            )
+        self.length = round(duration * self.native_fps) or None  # frames, as the file says; None: it does not
         self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native_fps
 
     def frames(self) -> FrameIterator:

@@ -36,6 +36,7 @@ class ImageDirectory:
         self.files = sorted((file for file in files if file.is_file()), key=_natural_order)
         if not self.files:
             raise InputError(f"{path} has no images; expected files such as 0001.png ({', '.join(IMAGE_SUFFIXES)})")
+        self.length = len(self.files)
 
     def frames(self) -> FrameIterator:
         for index, file in enumerate(self.files):
@@ -66,6 +67,7 @@ class ImageFile:
         self.native_fps = max(MIN_FPS, Fraction(native_fps).limit_denominator(100_000))
         self.fps = Fraction(fps).limit_denominator(100_000) if fps else self.native_fps
         self.ends = [1] if count == 1 else np.rint(np.cumsum(durations) * float(self.native_fps / 1000)).astype(int)
+        self.length = int(self.ends[-1])
 
     def frames(self) -> FrameIterator:
         with _readable(self.path), _open(self.path) as image:

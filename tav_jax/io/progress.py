@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 from tav_jax.distributed import processes
 
 Progress = Callable[[int], None] | bool | None  # called with the number of steps done; True for a bar
+MEAN_OF = 50  # steps
 
 
-def progress_bar(total: int, description: str, show: bool | None = None) -> Any:
-    """A tqdm bar, by default shown in a terminal or a notebook, and by the first process only."""
+def progress_bar(total: int, description: str, show: bool | None = None, *, leave: bool = True) -> Any:
+    """A tqdm bar, by default shown in a terminal or a notebook, and by the first process only. With `leave=False` it is
+    cleared at the end."""
     from tqdm.auto import tqdm
 
     if show is None:
         show = processes.is_primary() and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
-    return tqdm(total=total, desc=description, disable=not show)
+    return tqdm(total=total, desc=description, disable=not show, leave=leave)
 
 
 @contextmanager
@@ -35,3 +38,15 @@ def counter(bar: Any) -> Callable[[int], None] | None:
     """A function that sets a bar to its present count plus the number of steps done; None for a hidden bar."""
     start = bar.n
     return None if bar.disable else lambda done: bar.update(start + done - bar.n)
+
+
+class MeanLoss:
+    """Shows the mean loss of the last steps beside a bar. That of one step depends mostly on its random timestep."""
+
+    def __init__(self, bar: Any):
+        self.bar, self.losses = bar, deque(maxlen=MEAN_OF)
+
+    def step(self, loss: float) -> None:
+        self.losses.append(loss)
+        self.bar.set_postfix({"mean loss": f"{sum(self.losses) / len(self.losses):.4f}"}, refresh=False)
+        self.bar.update()

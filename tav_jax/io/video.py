@@ -1,4 +1,4 @@
-"""Clips: load frames and audio from a video, save them as a video or as images, and put several clips side by side.
+"""Clips: load frames and audio from a video, and save them as a video or as images.
 
 Frames are uint8 RGB `[F, H, W, 3]`, upright, with square pixels, in display order. Read by
 `decoding.py` and `images.py`.
@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,14 +29,12 @@ from tav_jax.config import check_choice, check_size
 from tav_jax.distributed import processes
 from tav_jax.errors import InputError, MissingError, short_repr
 from tav_jax.io import decoding, paths
-from tav_jax.io.caption import caption_prompts
 from tav_jax.io.decoding import MAX_FPS, MAX_FRAME_SIDE, MIN_FPS, Audio, VideoFile
 from tav_jax.io.images import ImageDirectory, ImageFile, is_image
 
 MAX_BYTES = 4 << 30  # of all selected frames
 MAX_FRAMES = 100_000
 MAX_GIF_DELAY = 65_535  # hundredths of a second
-GAP = 8  # white pixels between clips that are side by side
 # Suffix → encoders of video (with options) and audio. A codec's output depends on its number of threads, and so on the
 # machine.
 ENCODERS = {
@@ -54,6 +51,7 @@ class Clip:
     frames: UInt8[np.ndarray, "F H W 3"]
     fps: float
     audio: Audio | None = None
+    source_frames: int | None = None  # of the whole source, before frames were selected; None: unknown
 
     def save(self, path: str | Path) -> Path:
         """Write an MP4 (H.264 and AAC, which browsers play), a WebM (VP9 and Opus) or a GIF, by the suffix of the path,
@@ -189,7 +187,7 @@ def load_video(
     if source.note:
         warnings.warn(f"{path.name} {source.note}", stacklevel=2)
     audio = source.audio(start / source.fps, (start + len(selected) * stride) / source.fps)
-    return Clip(np.stack(selected), float(source.fps / stride), audio)
+    return Clip(np.stack(selected), float(source.fps / stride), audio, source.length)
 
 
 def _check_request(frames, size, start, stride, fit, fps) -> None:
@@ -354,18 +352,3 @@ def _write_gif(path: Path, clip: Clip) -> None:
             raise InputError(f"a frame is shown for more than {limit} s, too long for a GIF; write .mp4 instead")
     duration = [10 * delay for delay in delays] if len(kept) > 1 else total * 10  # Pillow takes no list for one frame
     path.write_bytes(iio.imwrite("<bytes>", clip.frames[kept], extension=".gif", duration=duration, loop=0))
-
-
-def side_by_side(source: Clip, edits: Sequence[Edit], prompt: str) -> Clip:
-    """One clip with the source and the edits in columns, each below its prompt."""
-    columns = [(prompt or "source", source.frames), *((e.prompt or "(empty prompt)", e.frames) for e in edits)]
-    height, width = source.frames.shape[1:3]
-    captions = caption_prompts([text for text, _ in columns], width)
-    top = max(image.shape[0] for image in captions)
-    step = width + GAP
-    canvas = np.full((len(source.frames), top + height, step * len(columns) - GAP, 3), 255, np.uint8)
-    for i, (text, (_, frames)) in enumerate(zip(captions, columns, strict=True)):
-        column = slice(i * step, i * step + width)
-        canvas[:, : text.shape[0], column] = text
-        canvas[:, top:, column] = frames
-    return Clip(canvas, source.fps, source.audio)

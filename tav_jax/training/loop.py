@@ -4,12 +4,13 @@ import contextlib
 import functools
 import shlex
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from tav_jax.distributed import processes
 from tav_jax.errors import NotFiniteError, StoppedError
-from tav_jax.io.progress import progress_bar
+from tav_jax.io.progress import MeanLoss, counter, progress_bar
 from tav_jax.io.video import Clip
 from tav_jax.pipeline import TuneAVideo
 from tav_jax.training import nonfinite, source_clip
@@ -85,7 +86,8 @@ def _train(run: Run, stop: Stop) -> None:
     def preview() -> None:
         trainer.load_into_unet()
         # With several processes a checkpoint is written by all together, so a stop waits for the next step.
-        with contextlib.nullcontext() if processes.is_multiprocess() else stop.saving_with(save_now):
+        saving = contextlib.nullcontext() if processes.is_multiprocess() else stop.saving_with(save_now)
+        with metrics.untimed(), saving:
             write_previews(run, tav, posterior.mean, done, metrics)
 
     try:
@@ -93,23 +95,26 @@ def _train(run: Run, stop: Stop) -> None:
             preview()
         with progress_bar(c.train.steps, "tuning") as bar:
             bar.update(first)
+            loss = MeanLoss(bar)
+            profiler.after(done, trainer.state)
             steps = run_steps(trainer.step_fn, trainer.state, first, c.train.steps, fetch_all=needs_all_metrics)
             for progress in steps:
                 stop.steps_begin()
                 done, trainer.state = progress.done, progress.state
+                seconds = metrics.seconds_per_step(len(progress.metrics))
                 for step, values in progress.metrics:
                     record = {"loss": float(values.loss), "grad_norm": float(values.grad_norm)}
                     nonfinite.check_metrics(step, record)
-                    metrics.write(step, record)
-                    bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-                    bar.update()
-                profiler.after(done)
+                    metrics.write(step, {**record, "seconds": seconds})
+                    loss.step(record["loss"])
+                profiler.after(done, trainer.state)
                 if not progress.complete:
                     continue
-                nonfinite.check_state(done, trainer.state)
-                if checkpoint_due(done):
-                    metrics.publish()
-                    run.checkpoints.save(done, trainer.state, metadata)
+                with metrics.untimed():
+                    nonfinite.check_state(done, trainer.state)
+                    if checkpoint_due(done):
+                        metrics.publish()
+                        run.checkpoints.save(done, trainer.state, metadata)
                 if stopping and done < c.train.steps:
                     raise StoppedError(stop_message(save_now()))
                 if run.previews_due(done):
@@ -146,35 +151,61 @@ def summary(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
     return (
         f"{action}: {trainer.parameters / 1e6:.2f} M of {total / 1e6:.2f} M parameters, "
         f"{frames} frames of {height}×{width}, {c.model.dtype} on {jax.devices()[0].device_kind}, about "
-        f"{needed / 2**30:.2f} GiB of its memory; results go to {run.directory}."
+        f"{needed / 2**30:.2f} GiB of its memory; results go to {run.directory}.\n"
+        f"{coverage(clip, c.clip.start, c.clip.stride)}"
     )
+
+
+def coverage(clip: Clip, start: int, stride: int) -> str:
+    """How much of its source a clip covers and, if that is less than 90 %, the stride that covers all of it."""
+    frames, seconds = len(clip.frames), len(clip.frames) / clip.fps
+    text = f"{plural(frames, 'frame')} at stride {stride}: {seconds:.1f} s"
+    if clip.source_frames:
+        total = clip.source_frames / (clip.fps * stride)
+        text += f" of the clip's {total:.1f} s"
+        if (
+            seconds < 0.9 * total
+            and frames > 1
+            and (largest := (clip.source_frames - 1 - start) // (frames - 1)) > stride
+        ):
+            text += f"; --config.clip.stride={largest} covers all of it" + f" after frame {start}" * (start > 0)
+    return text + "."
 
 
 def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, metrics: Metrics) -> None:
     """Sample the edit prompts from the inverted clip with the current weights."""
-    settings = run.config.edit
+    settings, options = run.config.edit, sampling_options(run.config.edit)
+    log(f"Sampling {plural(len(settings.prompts), 'preview')} at step {step}.")
+    total = settings.inversion_steps + len(settings.prompts) * settings.steps
     try:
-        noise = tav.invert(latents, steps=settings.inversion_steps)
-        for prompt, file in zip(settings.prompts, run.preview_files(step), strict=True):
-            edit = tav.sample(prompt, latents=noise, **sampling_options(settings))
-            publish_video(run.directory, edit, file)
-            metrics.log_preview(step, Path(file).stem, edit.frames)
+        with progress_bar(total, f"previews of step {step}", leave=False) as bar:
+            noise = tav.invert(latents, steps=settings.inversion_steps, progress=counter(bar))
+            for prompt, file in zip(settings.prompts, run.preview_files(step), strict=True):
+                edit = tav.sample(prompt, latents=noise, progress=counter(bar), **options)
+                publish_video(run.directory, edit, file)
+                metrics.log_preview(step, Path(file).stem, edit.frames)
+                log(f"Wrote {run.directory / file}.")
     except NotFiniteError as error:  # the training can continue
         log(f"No preview at step {step}: {error}")
 
 
 class Profiler:
-    """Profiles a range of steps with JAX's profiler. TensorBoard and xprof show the result."""
+    """Profiles `count` steps from step `first`, counted from 1, with JAX's profiler. TensorBoard and xprof show the
+    result."""
 
-    def __init__(self, directory: RunDirectory, first: int, steps: int):
-        self.directory, self.first, self.last = directory, first, first + steps
+    def __init__(self, directory: RunDirectory, first: int, count: int):
+        self.directory, self.first, self.last = directory, first, first + count - 1
         self.running = False
 
-    def after(self, step: int) -> None:
-        if step == self.first:
+    def after(self, step: int, state: Any) -> None:
+        """Called after each step, and before the first one with its number minus one. Steps run asynchronously, so this
+        waits for their state."""
+        if step + 1 == self.first:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.directory.make_directory("profile")))
             self.running = True
-        elif step == self.last:
+        elif step == self.last and self.running:
+            jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:

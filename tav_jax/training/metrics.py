@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,6 @@ class Metrics:
             self.wandb = client.init(project=wandb, name=name, config=config, resume="allow", dir=str(directory.local))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        now = time.perf_counter()
-        values = {**values, "seconds": round(now - self.last_time, 4)}
-        self.last_time = now
         with paths.reporting(self.local):
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.tensorboard:
@@ -68,6 +65,20 @@ class Metrics:
                 self.tensorboard.add_scalar(f"train/{name}", value, step)
         if self.wandb:
             self.wandb.log(dict(values), step=step)
+
+    def seconds_per_step(self, count: int) -> float:
+        """The time since the previous steps were fetched, for each of the `count` steps that were fetched now."""
+        if not count:
+            return 0.0
+        begin, self.last_time = self.last_time, time.perf_counter()
+        return round((self.last_time - begin) / count, 4)
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """For work between two steps: its time is not part of a step."""
+        began = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - began
 
     def log_preview(self, step: int, name: str, frames: UInt8[np.ndarray, "F H W 3"]) -> None:
         """Log at most eight frames side by side as one image."""

@@ -45,17 +45,17 @@ def check_inputs(latents: Any, text: Any, dtype: str) -> None:
             )
 
 
-def check_metrics(step: int, values: Mapping[str, float]) -> None:
+def check_metrics(step: int, values: Mapping[str, float], advice: str = ADVICE) -> None:
     """Refuse a loss or gradient norm that is not finite."""
     for name, value in values.items():
         if not np.isfinite(value):
-            raise NotFiniteError(f"{name} is {value} at step {step}; {ADVICE}")
+            raise NotFiniteError(f"{name} is {value} at step {step}; {advice}")
 
 
-def check_state(step: int, state: Any) -> None:
-    """Refuse to save weights or optimizer state that are not finite."""
+def check_state(step: int, state: Any, advice: str = ADVICE) -> None:
+    """Refuse to save or use weights or optimizer state that are not finite."""
     if not all_finite(state):
-        raise NotFiniteError(f"the weights or the optimizer state are not finite after step {step}; {ADVICE}")
+        raise NotFiniteError(f"the weights or the optimizer state are not finite after step {step}; {advice}")
 
 
 def check_latents(source: str, latents: Any, dtype: str) -> None:

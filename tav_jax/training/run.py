@@ -21,9 +21,12 @@ SAMPLE_CLIPS = ("/data/man-skiing.mp4", "/data/car-turn.mp4")  # in the official
 
 
 def log(*words: Any) -> None:
-    """Print a line, in process 0 only."""
+    """Print a line, above a progress bar if there is one, in process 0 only."""
     if processes.is_primary():
-        print(*words, flush=True)
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode():
+            print(*words, flush=True)
 
 
 class Run:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from tav_jax.config import TRAINABLE, remat_name
 from tav_jax.distributed import memory, sharding
 from tav_jax.io import validation
-from tav_jax.io.progress import progress_bar
+from tav_jax.io.progress import MeanLoss, progress_bar
 from tav_jax.models import Conditioning
-from tav_jax.training import train_step
+from tav_jax.training import nonfinite, train_step
 from tav_jax.training.train_step import Hyperparameters, Posterior, Replay, StepMetrics, TrainState, trainable_filter
 
 if TYPE_CHECKING:
@@ -67,15 +67,20 @@ class Trainer:
             return train_step.replay_step(graph, state, frozen, example, **self.arguments)
 
     def run(self, steps: int, *, show_bar: bool | None = None) -> TuningResult:
-        """Train for `steps` steps and load the trained weights into the pipeline's UNet."""
+        """Train for `steps` steps and load the trained weights into the pipeline's UNet, if they are finite."""
         metrics = []
+        advice = "the pipeline keeps its weights. Use a lower learning_rate, or load the model with dtype='float32'."
         with progress_bar(steps, "tuning", show_bar) as bar:
+            loss = MeanLoss(bar)
             for progress in train_step.run_steps(self.step_fn, self.state, 0, steps):
                 self.state = progress.state
-                for _, values in progress.metrics:
-                    bar.set_postfix(loss=f"{values.loss:.4f}", refresh=False)
-                    bar.update()
+                for step, values in progress.metrics:
+                    nonfinite.check_metrics(
+                        step, {"loss": float(values.loss), "grad_norm": float(values.grad_norm)}, advice
+                    )
+                    loss.step(float(values.loss))
                     metrics.append(values)
+            nonfinite.check_state(steps, self.state, advice)
         self.load_into_unet()
         return TuningResult(*np.array(metrics).reshape(-1, 2).T)
 
