@@ -107,8 +107,7 @@ def list_settings() -> str:
     lines = ["Settings of `tav train` and `tav plan`, with their defaults, as --config.NAME=VALUE:", ""]
     for name, meaning in config.MEANINGS.items():
         limits = ", ".join(config.CHOICES.get(name, ())) or " to ".join(map(str, config.RANGES.get(name, ())))
-        default = "" if known[name] is None else f"={known[name]!r}"
-        lines.append(f"  {name + default:40}  {meaning}{f' ({limits})' if limits else ''}")
+        lines.append(f"  {f'{name}={known[name]!r}':40}  {meaning}{f' ({limits})' if limits else ''}")
     lines += ["", f"Configs that come with the package, as --config=NAME: {', '.join(named_configs())}"]
     return "\n".join(lines)
 
