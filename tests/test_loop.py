@@ -10,7 +10,8 @@ from conftest import refusal
 from flax.nnx import State
 
 from tav_jax import Clip, TuneAVideo
-from tav_jax.cli import edit
+from tav_jax.cli import edit, main
+from tav_jax.distributed import processes
 from tav_jax.errors import InputError, NotFiniteError
 from tav_jax.io import progress, side_by_side, video
 from tav_jax.io.caption import caption_height
@@ -230,3 +231,33 @@ def test_cells_of_the_grid(monkeypatch):
     np.testing.assert_array_equal(combined[:, -16:, -40:], edits[2].frames)
     tall = caption_height(40)
     assert combined.shape[1] == top + 16 + side_by_side.GAP + tall + 16
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--prompt=a", "cat"], "'cat' is not …; a text with spaces needs quotes: --prompt='a cat'"),
+        (
+            ["--prompt", "a", "red", "cat", "--gif"],
+            "'red' is not …; a text with spaces needs quotes: --prompt='a red cat'",
+        ),
+        (["--verbose"], "'--verbose' is not …; `tav edit --help` lists its options"),
+    ],
+)
+def test_text_without_quotes_is_refused_with_the_quoted_text(words, expected, capsys):
+    assert main.main(["edit", "--workdir=x", *words]) == 2
+    assert capsys.readouterr().err == f"tav: {expected.replace('…', 'an option of `tav edit`')}\n"
+
+
+def test_error_in_process_0_keeps_its_traceback(monkeypatch):
+    def fail():
+        raise InputError("it does not work")
+
+    monkeypatch.setattr(processes, "_group", processes.Group("localhost:1", 2, 0))
+    monkeypatch.setattr(processes, "gather", lambda name, value: [value, None])
+    with pytest.raises(InputError, match="it does not work") as caught:
+        processes.run_on_primary("failing", fail)
+    assert caught.traceback[-1].name == "fail"

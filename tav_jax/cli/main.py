@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -131,7 +132,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, arguments.settings = parser().parse_known_args(argv)
     if arguments.settings and arguments.command not in ("train", "plan"):
-        parser().error(f"{arguments.settings[0]} is not an option of `tav {arguments.command}`")
+        words = list(sys.argv[1:] if argv is None else argv)
+        return fail(_unknown_word(arguments.command, words, arguments.settings[0]), TavError.exit_code)
     environment.skip_absent_tpu()
     if arguments.command != "train":  # which saves a checkpoint
         terminal.interrupt_on_signals()
@@ -162,6 +164,18 @@ def _sentence(error: OSError) -> str | None:
         return None
     reason = (error.strerror or "").lower()
     return f"{error.filename}: {reason}; check the path, its permissions and its disk, and run the same command again."
+
+
+def _unknown_word(command: str, words: Sequence[str], unknown: str) -> str:
+    """The message for a word that is not an option, perhaps a part of a text that needs quotes."""
+    message = f"{unknown!r} is not an option of `tav {command}`"
+    index = words.index(unknown)
+    options = [i for i, word in enumerate(words) if word.startswith("--")]
+    if unknown.startswith("-") or not (before := [i for i in options if i < index]):
+        return f"{message}; `tav {command} --help` lists its options"
+    text = " ".join(words[before[-1] : min((i for i in options if i > index), default=None)])
+    name, _, value = text.partition("=" if "=" in words[before[-1]] else " ")
+    return f"{message}; a text with spaces needs quotes: {name}={shlex.quote(value)}"
 
 
 def fail(message: str, code: int) -> int:

@@ -211,12 +211,15 @@ def run_on_primary(name: str, function: Callable[[], Value]) -> Value:
     if not is_multiprocess():
         return function()
     result: Any = None
+    caught: TavError | None = None
     if is_primary():
         try:
             result = function(), None, ""
         except TavError as error:
-            result = None, type(error).__name__, str(error)
+            caught, result = error, (None, type(error).__name__, str(error))
     value, error_type, message = gather(name, result)[0]
+    if caught:
+        raise caught  # with its traceback
     if error_type:
         raise getattr(errors, error_type, TavError)(message)
     return value
