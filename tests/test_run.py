@@ -289,11 +289,13 @@ def test_checkpoint_that_is_removed_while_it_is_verified_is_not_damaged(run_copy
     assert checksums.examine(directory) == checksums.Examination(6, [])
 
 
-def test_checkpoint_that_is_removed_before_it_is_read_is_replaced_by_the_next_one(run_copy, monkeypatch, capsys):
+def test_checkpoint_that_is_removed_before_it_is_read_is_replaced_by_the_next_one(
+    run_copy, tmp_path, monkeypatch, capsys
+):
     expected, real = trained(run_copy, 4), TuneAVideo.from_config
 
     def remove_and_load(config):
-        shutil.rmtree(run_copy / "checkpoints/6")
+        (run_copy / "checkpoints/6").rename(tmp_path / "6")
         return real(config)
 
     monkeypatch.setattr(TuneAVideo, "from_config", remove_and_load)
@@ -303,7 +305,7 @@ def test_checkpoint_that_is_removed_before_it_is_read_is_replaced_by_the_next_on
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert run.checkpoints.newest == 4
     assert "damaged" not in capsys.readouterr().out
-    shutil.copytree(run_copy / "checkpoints/4", run_copy / "checkpoints/6")
+    (tmp_path / "6").rename(run_copy / "checkpoints/6")
     with pytest.raises(MissingError, match="has no checkpoint of step 6; it has 4"):
         TuneAVideo.restore(run_copy, step=6)
 
