@@ -1,7 +1,9 @@
 """The command `tav`, in its own processes, on real files; the results are checked by decoding them."""
 
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,8 +111,11 @@ def test_killed_run_continues_with_the_same_command(workdir):
 def test_edit(workdir, tmp_path):
     output = succeeded("edit", "--workdir", workdir, "--prompt", "blue square", "--prompt", "../red 🎿 circle")
     assert "Inverted the clip in 3 steps" in output
+    assert output.endswith(f"{workdir}/edits/index.html\n")
     assert sorted(f.name for f in (workdir / "edits").iterdir()) == [
+        ".tav-edits.json",
         "blue-square.mp4",
+        "index.html",
         "red-circle.mp4",
         "side-by-side-blue-square-red-circle.mp4",
     ]
@@ -124,6 +129,11 @@ def test_edit(workdir, tmp_path):
     assert "Reusing the inversion" in succeeded(*edit, *options)
     message = refused(*edit, *options)
     assert "/green-guidance3-strength0.5.mp4 exists already; add --force" in message
+    page = (tmp_path / "index.html").read_text("utf-8")
+    command = f"tav edit --workdir={workdir} --out={tmp_path} --guidance=3.0 --strength=0.5 --prompt=green"
+    assert command in html.unescape(page)
+    assert re.findall(r'<td data-label="(.*?)">(.*?)</td>', page) == [("guidance", "3"), ("strength", "0.5")]
+    assert page.count("<video") == 2
 
 
 @pytest.mark.slow

@@ -11,9 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
 
 from tav_jax import Clip
+from tav_jax.cli import edit, main
+from tav_jax.errors import InputError
 from tav_jax.evaluation import index, page
 from tav_jax.evaluation.index import update_index
 from tav_jax.evaluation.page import Entry, mark_changes, render_page
@@ -66,7 +69,7 @@ def test_page_is_one_file_with_all_videos(tmp_path):
     assert [link["href"] for link in found.all("a")] == ["an%20edit.mp4", "b.gif"]
     loaded = [x[k] for _, x in found.found for k in ("src", "href", "xlink:href", "srcset") if k in x]
     assert all(x.startswith("data:") for x in loaded if x not in ("an%20edit.mp4", "b.gif"))
-    policy = found.all("meta")[2]["content"]
+    policy = found.all("meta")[3]["content"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
     # Controls: a button and a slider for all videos, no switch without a function.
@@ -180,11 +183,11 @@ def test_second_edit_is_added_to_the_page(run_directory):
     assert add(run_directory, "a.mp4", prompt="again") == ["a dog", "again", "c", "b"]
     (run_directory.path / "edits/c.mp4").unlink()
     assert add(run_directory, "d.mp4") == ["a dog", "d", "again", "b"]
-    entry = index._read_record(run_directory, "edits/index.json")["b.gif"]
+    entry = index._read_record(run_directory, "edits/.tav-edits.json")["b.gif"]
     assert (entry.settings, entry.command, entry.scores) == (first["settings"], "tav edit", first["scores"])
     np.testing.assert_array_equal(entry.mask, mask)
     names = {file.name for file in (run_directory.path / "edits").iterdir()}
-    assert names == {"a.mp4", "b.gif", "d.mp4", "index.json", "index.html"}
+    assert names == {"a.mp4", "b.gif", "d.mp4", ".tav-edits.json", "index.html"}
 
 
 DAMAGED = [
@@ -216,7 +219,7 @@ def test_damaged_record_is_begun_anew(run_directory, content):
     edits = run_directory.path / "edits"
     edits.mkdir(parents=True)
     (run_directory.path / "secret.mp4").write_bytes(b"secret")
-    (edits / "index.json").write_bytes(content)
+    (edits / ".tav-edits.json").write_bytes(content)
     assert add(run_directory, "b.mp4") == ["a dog", "b"]
     assert add(run_directory, "c.mp4") == ["a dog", "c", "b"]
 
@@ -230,3 +233,31 @@ def test_large_source_and_damaged_gif(run_directory, monkeypatch):
     found = Elements((run_directory.path / "edits/index.html").read_text("utf-8"))
     assert [video["src"] for video in found.all("video")] == ["_source.mp4", "c.mp4", "a.mp4", "b.gif"]
     assert len((run_directory.path / "edits/_source.mp4").read_bytes()) > 1000
+
+
+def test_other_index_html_is_not_overwritten(run_directory):
+    assert not index.is_foreign(run_directory, "edits/index.html")
+    add(run_directory, "a.mp4")
+    assert not index.is_foreign(run_directory, "edits/index.html")
+    (run_directory.path / "edits/index.html").write_text("<title>My home page</title>")
+    assert index.is_foreign(run_directory, "edits/index.html")
+    message = refusal(InputError, edit._check_outputs, run_directory, "edits/", ["edits/b.mp4"])
+    assert "edits/index.html is not a page of `tav edit`; add --force to overwrite it" in message
+    edit._check_outputs(run_directory, "edits/", ())  # with --force
+
+
+def test_command_that_makes_an_edit_again():
+    line = [
+        "edit",
+        "--workdir=my run",
+        "--prompt=a",
+        "--prompt=b",
+        "--strength=0.6",
+        "--step=0",
+        "--no-inversion",
+        "--force",
+    ]
+    arguments = main.parser().parse_args([*line, "--seed=3", "--gif"])
+    words = ["tav", "edit", "--workdir=my run", "--step=0", "--strength=0.6", "--no-inversion", "--gif"]
+    assert edit.command_words(arguments) == words
+    assert main.parser().parse_args(words[1:]).strength == 0.6

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from tav_jax import config as configs
 from tav_jax.cli.settings import silence_background_tracebacks
 from tav_jax.distributed import compilation_cache, memory, processes
 from tav_jax.errors import InputError
+from tav_jax.evaluation.index import PAGE, is_foreign, update_index
+from tav_jax.evaluation.page import Entry
 from tav_jax.io.progress import counter, progress_bar
 from tav_jax.io.side_by_side import grid_shape, side_by_side
 from tav_jax.io.video import Clip, Edit
@@ -39,11 +42,24 @@ def run(arguments: argparse.Namespace) -> int:
         training_run.config.clip.path = source_clip.absolute(arguments.clip)
     prompts = arguments.prompt or training_run.config.edit.prompts
     options = {"inversion": not arguments.no_inversion, "seeds": arguments.seed, "force": arguments.force}
+    options["command"] = command_words(arguments)
     suffix = ".gif" if arguments.gif else ".mp4"
     paths = edit(training_run, prompts, step=arguments.step, out=arguments.out, suffix=suffix, **options)
     if processes.is_primary():
         print("\n".join(f"Wrote {path}" for path in paths))
     return 0
+
+
+def command_words(arguments: argparse.Namespace) -> list[str]:
+    """The command line, without its prompts and seeds, and without --force."""
+    words = ["tav", "edit"]
+    for name, value in vars(arguments).items():
+        given = value is not None and value is not False and value != []
+        if given and name not in ("command", "settings", "prompt", "seed", "force"):
+            option = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, list) else [value]
+            words += [option if value is True else f"{option}={one}" for one in values]
+    return words
 
 
 def edit(
@@ -56,10 +72,11 @@ def edit(
     seeds: Sequence[int] = (),
     suffix: str = ".mp4",
     force: bool = False,
+    command: Sequence[str] = (),
 ) -> list[str]:
-    """Sample the prompts with the run's settings. Writes a video for each prompt and one with all of them side by side,
-    and returns their paths. `step` is the step of the checkpoint, by default the newest. `seeds` are those of the noise
-    without `inversion`, by default 0."""
+    """Sample the prompts with the run's settings. Writes a video for each prompt, one with all of them side by side and
+    a page; returns their paths. `step` is the step of the checkpoint, by default the newest. `seeds` are those of
+    the noise without `inversion`, by default 0. The page shows `command` with the prompt and the seed of each edit."""
     settings = run.config.edit
     if not prompts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
@@ -80,12 +97,13 @@ def edit(
     c = run.config.clip
     outputs = _outputs(prompts, (None,) if inversion else seeds or (0,))
     grid_shape(len(outputs) + 1, c.height, c.width)  # refuses more edits than fit into the video of all
-    ending = settings_suffix(run.directory.read_config().edit.to_dict(), settings.to_dict(), step) + suffix
+    compared = (run.directory.read_config().edit.to_dict(), settings.to_dict(), step)
+    changed, ending = changed_settings(*compared), settings_suffix(*compared) + suffix
     directory = RunDirectory(out) if out else run.directory
     prefix = "" if out else "edits/"
     combined = file_names(["side by side " + ", ".join(prompts)])[0] + _seeds_suffix([] if inversion else seeds or (0,))
     names = [f"{prefix}{name}{ending}" for name in (*(name for _, _, name in outputs), combined)]
-    processes.run_on_primary("checking the outputs", lambda: _check_outputs(directory, () if force else names))
+    processes.run_on_primary("checking the outputs", lambda: _check_outputs(directory, prefix, () if force else names))
 
     run.directory.remove_scratch()
     clip = run.load_clip(run.checkpoints.read_metadata(step).get("clip"))
@@ -103,11 +121,22 @@ def edit(
     videos = [Clip(sampled.frames, sampled.fps, sampled.audio) for sampled in edits]
     for video, name in zip([*videos, side_by_side(clip, edits, c.prompt)], names, strict=True):
         publish_video(directory, video, name)
-    return [str(directory / name) for name in names]
+    entries = {}
+    for video, (prompt, seed, _), name in zip(videos, outputs, names, strict=False):
+        again = shlex.join([*command, f"--prompt={prompt}", *([] if seed is None else [f"--seed={seed}"])])
+        shown = changed | ({} if seed is None else {"seed": seed})
+        entries[name.removeprefix(prefix)] = Entry(prompt, video, shown, again if command else "")
+    page = processes.run_on_primary(
+        "writing the page", lambda: update_index(directory, prefix, clip, c.prompt, entries)
+    )
+    return [*(str(directory / name) for name in names), page]
 
 
-def _check_outputs(directory: RunDirectory, names: Sequence[str]) -> None:
+def _check_outputs(directory: RunDirectory, prefix: str, names: Sequence[str]) -> None:
     directory.check_writable()
+    if names and is_foreign(directory, prefix + PAGE):
+        page = directory / (prefix + PAGE)
+        raise InputError(f"{page} is not a page of `tav edit`; add --force to overwrite it, or give another --out")
     if existing := [name for name in names if (directory / name).exists()]:
         raise InputError(f"{directory / existing[0]} exists already; add --force to overwrite, or give another --out")
 
@@ -122,11 +151,16 @@ def _outputs(prompts: Sequence[str], seeds: Sequence[int | None]) -> list[tuple[
     ]
 
 
-def settings_suffix(config: Mapping[str, Any], used: Mapping[str, Any], step: int | None = None) -> str:
-    """The part of a file name that tells what differs from the run's `edit` settings, such as `-strength0.6`, and the
-    step of a checkpoint that was chosen. Different settings have different suffixes."""
+def changed_settings(config: Mapping[str, Any], used: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+    """What differs from the run's `edit` settings, and the step of a checkpoint that was chosen."""
     changed = {name: value for name, value in used.items() if value != config[name] and name != "prompts"}
-    changed |= {} if step is None else {"step": step}
+    return changed | ({} if step is None else {"step": step})
+
+
+def settings_suffix(config: Mapping[str, Any], used: Mapping[str, Any], step: int | None = None) -> str:
+    """The part of a file name that tells what differs, such as `-strength0.6`. Different settings have different
+    suffixes."""
+    changed = changed_settings(config, used, step)
     text = "".join(f"-{name.replace('_', '-')}{_value_text(value)}" for name, value in changed.items())
     return text if len(text) <= MAX_SUFFIX else f"-settings-{_digest(changed)}"
 

@@ -1,7 +1,7 @@
 """`index.html` beside the videos of `tav edit`: a page with all edits in the directory.
 
-`index.json` records the edits, so that a later `tav edit` adds to the page. Both files are derived: a damaged record is
-begun anew, and edits whose video was removed leave the page.
+A hidden file records the edits, so that a later `tav edit` adds to the page. Both files are derived: a damaged record
+is begun anew, and edits whose video was removed leave the page.
 """
 
 import base64
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tav_jax.evaluation.page import MAX_EMBEDDED, Entry, mask_strip, mp4, png, render_page
+from tav_jax.evaluation.page import GENERATOR, MAX_EMBEDDED, Entry, mask_strip, mp4, png, render_page
 from tav_jax.io.video import Clip
 from tav_jax.training.run import publish_video
 from tav_jax.training.run_directory import RunDirectory
 
+PAGE, RECORD = "index.html", ".tav-edits.json"
 SOURCE = "_source.mp4"  # written if the source is large; the names of edits do not begin with "_"
 MAX_SOURCE = MAX_EMBEDDED // 3  # bytes
 VALUES = (str, int, float, bool, type(None))  # types of settings and scores in the record
@@ -35,19 +36,28 @@ def update_index(
         prefix: of the names in the directory, "edits/" or "".
         edits: the new ones by the names of their videos, which have been written. They are first on the page.
     """
-    entries = {**edits, **_read_record(directory, prefix + "index.json"), **edits}
+    entries = {**edits, **_read_record(directory, prefix + RECORD), **edits}
     entries = {name: entry for name, entry in entries.items() if (directory / (prefix + name)).is_file()}
     record = {"edits": {name: _to_json(entry) for name, entry in entries.items()}}
-    _write(directory, prefix + "index.json", json.dumps(record, indent=1) + "\n")
+    _write(directory, prefix + RECORD, json.dumps(record, indent=1) + "\n")
     source_video = None
     if len(mp4(source)) > MAX_SOURCE:
         publish_video(directory, source, prefix + SOURCE)
         source_video = directory.fetch(prefix + SOURCE)
     shown = [replace(entry, video=directory.fetch(prefix + name)) for name, entry in entries.items()]
-    place = directory.fetch(prefix + "index.json").parent
+    place = directory.fetch(prefix + RECORD).parent
     page = render_page(source, source_prompt, shown, source_video=source_video, directory=place)
-    _write(directory, prefix + "index.html", page)
-    return str(directory / (prefix + "index.html"))
+    _write(directory, prefix + PAGE, page)
+    return str(directory / (prefix + PAGE))
+
+
+def is_foreign(directory: RunDirectory, name: str) -> bool:
+    """Whether the file exists and is not a page of edits."""
+    try:
+        with (directory / name).open("rb") as file:
+            return GENERATOR.encode() not in file.read(1000)
+    except OSError:
+        return False
 
 
 def _write(directory: RunDirectory, name: str, text: str) -> None:

@@ -24,6 +24,7 @@ from tav_jax.io.video import Clip, load_video
 
 MAX_EMBEDDED = 18_000_000  # bytes of all videos in a page; the others are linked. Base64 makes them a third larger
 GREY = "#808080"  # of the source, and of text and axes of plots; legible on light and dark backgrounds
+GENERATOR = '<meta name="generator" content="tav_jax">'  # in the first lines of a page
 MASK_COLOUR = (224, 33, 138, 140)  # RGBA where a mask is 1
 MASK_SIDE = 64  # pixels; larger masks are reduced
 
@@ -76,6 +77,7 @@ def render_page(
     switches = _switch("sound", "Sound") if source.audio else ""
     switches += _switch("masks", "Masks") if any(entry.mask is not None for entry in entries) else ""
     fields = {
+        "generator": GENERATOR,
         "title": html.escape(title or f"Edits of “{source_prompt}”"),
         "lead": lead,
         "cards": "\n".join(cards),
