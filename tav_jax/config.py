@@ -76,6 +76,16 @@ def get_config() -> "ConfigDict":
                 "guidance": 12.5,
                 "strength": 1.0,
                 "inversion_steps": 50,
+                "inversion_prompt": "",
+                "inversion_iterations": 1,
+                # Two-branch editing, which is on if any of these is set:
+                "self_attention_steps": 0.0,
+                "feature_steps": 0.0,
+                "cross_attention_steps": 0.0,
+                "equalizer": (),
+                "blend_words": (),
+                "mask": "",
+                "blend_start": 0.2,
             },
             "log": {"tensorboard": False, "wandb": "", "profile_step": 0, "profile_steps": 3},
             "mesh": {"data": 0, "frames": 0, "fsdp": False},
@@ -116,6 +126,15 @@ MEANINGS = {
     "edit.guidance": "scale of classifier-free guidance; at 1 or below only the conditional prediction is computed",
     "edit.strength": "fraction of the sampling steps, the last ones, that use the prompt; less keeps more of the clip",
     "edit.inversion_steps": "steps of DDIM inversion",
+    "edit.inversion_prompt": "prompt of the inversion",
+    "edit.inversion_iterations": "fixed-point iterations of each inversion step; 1: DDIM; 3 to 5 reconstruct better",
+    "edit.self_attention_steps": "fraction of the steps, the first ones, with the source's spatial attention; 0.5 is usual",
+    "edit.feature_steps": "fraction of the steps, the first ones, with the source's decoder features; 0.8 is usual",
+    "edit.cross_attention_steps": "fraction of the steps, the first ones, with the source's attention to shared words",
+    "edit.equalizer": "factors on the attention to words, such as 'red=2.0', while cross_attention_steps lasts",
+    "edit.blend_words": "words of either prompt: only where they are shown may an edit change the source",
+    "edit.mask": "an image or a video, white where an edit may change the source",
+    "edit.blend_start": "fraction of the steps after which the source is kept outside of blend_words and mask",
     "log.tensorboard": "log to TensorBoard",
     "log.wandb": "log to the W&B project of this name",
     "log.profile_step": "first step that JAX's profiler records; 0: off",
@@ -164,6 +183,11 @@ RANGES = {
     "edit.inversion_steps": (1, 999),
     "edit.guidance": (0.0, 1000.0),
     "edit.strength": (0.01, 1.0),
+    "edit.inversion_iterations": (1, 100),
+    "edit.self_attention_steps": (0.0, 1.0),
+    "edit.feature_steps": (0.0, 1.0),
+    "edit.cross_attention_steps": (0.0, 1.0),
+    "edit.blend_start": (0.0, 1.0),
     "log.profile_step": (0, 10_000_000),
     "log.profile_steps": (1, 1000),
     "mesh.data": (0, 65536),
@@ -218,6 +242,27 @@ def check_edit_steps(edit: Any) -> None:
             f"edit.steps is {edit.steps} and edit.inversion_steps is {edit.inversion_steps}; sample with at most "
             f"{edit.inversion_steps} steps, or raise edit.inversion_steps to {edit.steps}"
         )
+
+
+def has_source_branch(edit: Any) -> bool:
+    """Whether the settings of section `edit` ask for two-branch editing."""
+    shares = edit.self_attention_steps + edit.feature_steps + edit.cross_attention_steps
+    return bool(shares or edit.equalizer or edit.blend_words or edit.mask)
+
+
+def equalizer_factors(items: Iterable[str]) -> dict[str, float]:
+    """From 'word=2.0' to {'word': 2.0}."""
+    factors = {}
+    for item in items:
+        word, _, factor = item.rpartition("=")
+        try:
+            factors[word.strip()] = float(factor)
+        except ValueError:
+            word = ""
+        if not word.strip() or not 0 <= factors[word.strip()] <= 1000:
+            expected = "a word and a factor from 0 to 1000, such as 'red=2.0'"
+            raise InputError(f"equalizer has {short_repr(item)}; it must be {expected}")
+    return factors
 
 
 # --------------------------------------------------------------------------------------------- checks of a whole config
@@ -312,6 +357,11 @@ def _problems(name: str, value: Any) -> Iterator[str]:
         minimum, maximum = RANGES[name]
         if not minimum <= value <= maximum:
             yield f"{name} is {short_repr(value)}; it must be {minimum} to {maximum}"
+    if name == "edit.equalizer":
+        try:
+            equalizer_factors(value)
+        except InputError as error:
+            yield f"edit.{error}"
     if name == "train.max_grad_norm" and not value > 0:
         yield f"{name} is {value!r}; it must be above 0"
     if name == "train.trainable" and not set(value) - set(UNET_PARTS):

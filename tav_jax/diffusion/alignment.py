@@ -1,7 +1,7 @@
 """Alignment of two prompts, token by token, for cross-attention control (prompt-to-prompt, arXiv 2208.01626)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +26,21 @@ class TokenizedPrompt(NamedTuple):
 
     def find(self, word: str) -> list[int]:
         """The tokens of all occurrences of a word or phrase."""
-        pattern = rf"(?<!\w){re.escape(word.strip())}(?!\w)"
-        found = re.finditer(pattern, self.text, re.IGNORECASE) if word.strip() else ()
-        return sorted({token for match in found for token in self.tokens(*match.span())})
+        return sorted({token for span in occurrences(word, self.text) for token in self.tokens(*span)})
+
+
+def occurrences(word: str, text: str) -> list[tuple[int, int]]:
+    """Where a word or phrase is in a text, without regard to case."""
+    pattern = rf"(?<!\w){re.escape(word.strip())}(?!\w)"
+    return [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)] if word.strip() else []
+
+
+def check_words(name: str, words: Iterable[str], texts: Sequence[str]) -> None:
+    """Refuse a word that is in none of the texts."""
+    for word in words:
+        if not any(occurrences(word, text) for text in texts):
+            found = join_names([repr(text) for text in texts])
+            raise InputError(f"{name} has {short_repr(word)}, which is not in {found}; use words of the prompts")
 
 
 class Alignment(NamedTuple):
@@ -105,7 +117,7 @@ def equalizers(prompts: Sequence[TokenizedPrompt], factors: Mapping[str, float])
     for word, factor in factors.items():
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1000:
             raise InputError(f"equalizer has {short_repr(factor)} for {word!r}; it must be a number from 0 to 1000")
-        _check_found("equalizer", word, prompts)
+        check_words("equalizer", [word], [prompt.text for prompt in prompts])
         for row, prompt in zip(table, prompts, strict=True):
             row[prompt.find(word)] = factor
     return table
@@ -115,13 +127,7 @@ def word_tokens(name: str, prompts: Sequence[TokenizedPrompt], words: Sequence[s
     """For each prompt, 1 for the tokens of these words."""
     table = np.zeros((len(prompts), prompts[0].length), np.float32)
     for word in words:
-        _check_found(name, word, prompts)
+        check_words(name, [word], [prompt.text for prompt in prompts])
         for row, prompt in zip(table, prompts, strict=True):
             row[prompt.find(word)] = 1
     return table
-
-
-def _check_found(name: str, word: str, prompts: Sequence[TokenizedPrompt]) -> None:
-    if not any(prompt.find(word) for prompt in prompts):
-        texts = join_names([repr(prompt.text) for prompt in prompts])
-        raise InputError(f"{name} has {short_repr(word)}, which none of the prompts has; use a word of {texts}")
