@@ -8,10 +8,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from tav_jax import config as configs
 from tav_jax.cli.settings import silence_background_tracebacks
 from tav_jax.distributed import compilation_cache, memory, processes
@@ -22,8 +18,8 @@ from tav_jax.io.progress import counter, progress_bar
 from tav_jax.io.side_by_side import grid_shape, side_by_side
 from tav_jax.io.video import Clip, Edit
 from tav_jax.pipeline import TuneAVideo
-from tav_jax.training import derived, source_clip
-from tav_jax.training.run import Run, log, publish_video, sampling_options
+from tav_jax.training import editing, source_clip
+from tav_jax.training.run import Run, publish_video
 from tav_jax.training.run_directory import RunDirectory, file_names
 
 MAX_SUFFIX = 60  # characters of a file name for settings
@@ -34,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     compilation_cache.enable()
     processes.initialize()
     training_run = Run.open(arguments.workdir)
-    for name in ("negative_prompt", "sampler", "guidance", "strength", "steps", "inversion_steps"):
-        if (value := getattr(arguments, name)) is not None:
+    for name in training_run.config.edit:
+        if (value := getattr(arguments, name, None)) is not None:
             training_run.config.edit[name] = value
     training_run.config = configs.validate(training_run.config)
     if arguments.clip is not None:
@@ -80,8 +76,8 @@ def edit(
     settings = run.config.edit
     if not prompts:
         raise InputError("there is no prompt to edit with; give --prompt=… or set edit.prompts in the config")
+    editing.check(run.config, prompts, inversion=inversion)
     if inversion:
-        configs.check_edit_steps(settings)
         if seeds:
             raise InputError(
                 f"--seed={seeds[0]} has no effect on edits that start from the inverted clip; add --no-inversion to "
@@ -110,13 +106,14 @@ def edit(
     tav = TuneAVideo.restore(run.directory, step=step, run=run)
     step = run.checkpoints.newest if step is None else step  # after restoring, in case training has removed it before
     tav.source = clip
-    noise = invert_cached(run, tav, clip, step) if inversion else None
-    sampling = sampling_options(settings) | ({} if inversion else {"inversion_steps": None})
+    inverted = editing.invert_cached(run, tav, clip, step) if inversion else None
+    sampling = editing.sampling_options(run.config, inverted, len(clip.frames))
     edits: list[Edit] = []
     for seed in dict.fromkeys(seed for _, seed, _ in outputs):
-        start = tav.noise(seed or 0, len(clip.frames), clip.frames.shape[1:3]) if noise is None else noise
+        if inverted is None:
+            sampling["latents"] = tav.noise(seed or 0, len(clip.frames), clip.frames.shape[1:3])
         selected = [prompt for prompt, its_seed, _ in outputs if its_seed == seed]
-        edits += sample_in_batches(tav, selected, start, sampling)
+        edits += sample_in_batches(tav, selected, sampling)
 
     videos = [Clip(sampled.frames, sampled.fps, sampled.audio) for sampled in edits]
     for video, name in zip([*videos, side_by_side(clip, edits, c.prompt)], names, strict=True):
@@ -185,39 +182,14 @@ def _digest(value: Any, size: int = 4) -> str:
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
-def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], start: Any, options: dict[str, Any]) -> list[Edit]:
+def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], options: dict[str, Any]) -> list[Edit]:
     """Sample as many prompts at a time as fit in memory. The last batch is padded, to be compiled only once."""
-    fitting = memory.prompt_batch_size(len(prompts), tav.memory_estimator.prompt_bytes(start))
+    fitting = memory.prompt_batch_size(len(prompts), tav.memory_estimator.prompt_bytes(options["latents"]))
     size = min(processes.gather("the batch size", fitting))
     edits: list[Edit] = []
     with progress_bar(-(-len(prompts) // size) * options["steps"], "sampling") as bar:
         for begin in range(0, len(prompts), size):
             batch = list(prompts[begin : begin + size])
             padded = batch + batch[:1] * (size - len(batch))
-            edits += tav.sample(padded, latents=start, progress=counter(bar), **options)[: len(batch)]
+            edits += tav.sample(padded, progress=counter(bar), **options)[: len(batch)]
     return edits
-
-
-def invert_cached(run: Run, tav: TuneAVideo, clip: Clip, step: int | None) -> Any:
-    """The inverted clip, cached in the run's directory. The file name is a hash of all that the result depends on."""
-    steps = run.config.edit.inversion_steps
-    dependencies = {
-        "frames": source_clip.frames_digest(clip),
-        "shape": clip.frames.shape,
-        "base": tav.components.fingerprint,
-        "checkpoint": step,
-        "model": run.config.model.to_dict(),
-        "steps": steps,
-    }
-    name = f"inversions/{_digest(dependencies, 8)}.safetensors"
-    like = jax.eval_shape(lambda: tav.noise(0, len(clip.frames), clip.frames.shape[1:3]))
-    cached = derived.read_array(run.directory, name, like.shape, like.dtype)
-    if not processes.any_process(cached is None):
-        log(f"Reusing the inversion in {run.directory / name}.")
-        return jnp.asarray(cached)
-    with progress_bar(steps, "inverting") as bar:
-        noise = tav.invert(clip, steps=steps, progress=counter(bar))
-    if processes.is_primary():
-        derived.write_array(run.directory, name, np.asarray(noise))
-    log(f"Inverted the clip in {steps} steps; saved in {run.directory / name}.")
-    return noise

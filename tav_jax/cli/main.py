@@ -100,11 +100,35 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--strength", type=float, help=strength)
     edit.add_argument("--steps", type=int, help="sampling steps, at most the inversion's (default: the config's, 50)")
     edit.add_argument("--inversion-steps", type=int, help="inversion steps (default: the config's, 50)")
+    edit.add_argument("--inversion-prompt", metavar="TEXT", help="prompt of the inversion (default: the config's, '')")
+    iterations = "fixed-point iterations of an inversion step; 3 to 5 reconstruct better (default: the config's, 1)"
+    edit.add_argument("--inversion-iterations", type=int, metavar="N", help=iterations)
     edit.add_argument("--no-inversion", action="store_true", help="start from random noise, not from the inverted clip")
     seed = "seed of the random noise, with --no-inversion; may be repeated (default: 0)"
     edit.add_argument("--seed", type=int, action="append", default=[], help=seed)
     edit.add_argument("--gif", action="store_true", help="write GIFs, not MP4s")
     edit.add_argument("--force", action="store_true", help="overwrite existing videos")
+
+    source = edit.add_argument_group(
+        "keep more of the source",
+        "Off by default. The source is denoised beside the edits, which costs half as much as a prompt.",
+    )
+    first = "share of the steps, the first ones, in which edits use the source's"
+    share = {"type": float, "metavar": "SHARE"}
+    spatial = f"{first} spatial attention: keeps the layout and the motion; 0.5 is usual"
+    source.add_argument("--self-attention-steps", **share, help=spatial)
+    source.add_argument("--feature-steps", **share, help=f"{first} features: keeps shapes too; 0.8 is usual")
+    cross = f"{first} attention to the words that the prompts share: changes only what other words say; 0.2 to 0.8"
+    source.add_argument("--cross-attention-steps", **share, help=cross)
+    equalizer = "factor on the attention to a word, with --cross-attention-steps: 2 shows more of it; may be repeated"
+    source.add_argument("--equalizer", action="append", metavar="WORD=FACTOR", help=equalizer)
+    blend = "a word of the clip's prompt or of an edit: change only where it is shown; may be repeated"
+    source.add_argument("--blend-word", action="append", dest="blend_words", metavar="WORD", help=blend)
+    source.add_argument(
+        "--mask", metavar="FILE", help="an image or a video, white where the edit may change the source"
+    )
+    start = "share of the steps after which --blend-word and --mask begin to act (default: the config's, 0.2)"
+    source.add_argument("--blend-start", **share, help=start)
 
     summary = "write a tuned run in the Diffusers layout"
     export = commands.add_parser("export", help=summary, description=f"{summary.capitalize()}, with the 3D UNet.")

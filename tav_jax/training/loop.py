@@ -16,7 +16,7 @@ from tav_jax.pipeline import TuneAVideo
 from tav_jax.training import nonfinite, source_clip
 from tav_jax.training.metrics import Metrics, check_installed
 from tav_jax.training.preemption import Stop, stop_message
-from tav_jax.training.run import Run, is_due, log, publish_video, sampling_options
+from tav_jax.training.run import Run, is_due, log, publish_video
 from tav_jax.training.run_directory import RunDirectory
 from tav_jax.training.train_step import Hyperparameters, run_steps
 from tav_jax.training.trainer import Trainer
@@ -174,14 +174,15 @@ def coverage(clip: Clip, start: int, stride: int) -> str:
 
 def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, metrics: Metrics) -> None:
     """Sample the edit prompts from the inverted clip with the current weights."""
-    settings, options = run.config.edit, sampling_options(run.config.edit)
+    settings = run.config.edit
     log(f"Sampling {plural(len(settings.prompts), 'preview')} at step {step}.")
     total = settings.inversion_steps + len(settings.prompts) * settings.steps
     try:
         with progress_bar(total, f"previews of step {step}", leave=False) as bar:
-            noise = tav.invert(latents, steps=settings.inversion_steps, progress=counter(bar))
+            inverted = tav.invert(latents, progress=counter(bar), **editing.inversion_options(run.config))
+            options = editing.sampling_options(run.config, inverted, latents.shape[1])
             for prompt, file in zip(settings.prompts, run.preview_files(step), strict=True):
-                edit = tav.sample(prompt, latents=noise, progress=counter(bar), **options)
+                edit = tav.sample(prompt, progress=counter(bar), **options)
                 publish_video(run.directory, edit, file)
                 metrics.log_preview(step, Path(file).stem, edit.frames)
                 log(f"Wrote {run.directory / file}.")

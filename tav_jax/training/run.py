@@ -177,11 +177,5 @@ def publish_video(directory: RunDirectory, video: Clip, name: str) -> None:
             video.save(scratch)
 
 
-def sampling_options(edit: Any) -> dict[str, Any]:
-    """Arguments of `TuneAVideo.sample` from the section `edit` of a config."""
-    names = ("steps", "sampler", "inversion_steps", "guidance", "strength", "negative_prompt")
-    return {name: edit[name] for name in names}
-
-
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
