@@ -246,7 +246,7 @@ class TuneAVideo(Networks):
         guidance: float = 12.5,
         strength: float = 1.0,
         negative_prompt: str = "",
-        source: Float[Values, "M+1 1 F h w c"] | None = None,
+        source: Float[Values, "K 1 F h w c"] | None = None,
         source_prompt: str | None = None,
         self_attention_steps: float = 0.5,
         feature_steps: float = 0.8,

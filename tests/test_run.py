@@ -17,7 +17,7 @@ from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io import side_by_side, video, weights
 from tav_jax.training import checkpoint, checksums, derived, run_directory
 from tav_jax.training import run as run_module
-from tav_jax.training.run import Run, sampling_options
+from tav_jax.training.run import Run
 from tav_jax.training.run_directory import RunDirectory
 from tav_jax.training.train_step import StepMetrics, TrainState, run_steps
 
@@ -168,6 +168,7 @@ def test_edits_share_one_inversion_and_one_program(run_copy, capsys, monkeypatch
         "blue-square.mp4",
         "red-circle.mp4",
         "side-by-side-blue-square-red-circle-blue-square.mp4",
+        "index.html",
     ]
     assert "Inverted the clip in 2 steps" in capsys.readouterr().out
     edit.edit(run, ["green"])
@@ -204,8 +205,8 @@ def test_edit_of_an_earlier_checkpoint_equals_the_edit_of_a_run_stopped_there(ru
 @pytest.mark.slow
 def test_sampling_with_fewer_steps_than_the_inversion_uses_a_subset_of_its_timesteps(run_copy, monkeypatch):
     run, inverted = Run.open(run_copy), []
-    real = edit.invert_cached
-    monkeypatch.setattr(edit, "invert_cached", lambda *args: inverted.append(real(*args)) or inverted[-1])
+    real = editing.invert_cached
+    monkeypatch.setattr(editing, "invert_cached", lambda *args: inverted.append(real(*args)) or inverted[-1])
     run.config.edit.update(inversion_steps=4, steps=3)
     frames = frames_of(run, "blue square")
     tav = TuneAVideo.restore(run_copy)
@@ -223,12 +224,12 @@ def test_sampling_with_fewer_steps_than_the_inversion_uses_a_subset_of_its_times
 @pytest.mark.slow
 def test_batches_equal_single_prompts(finished_run, monkeypatch):
     run = Run.open(finished_run)
-    tav, options = TuneAVideo.restore(finished_run), sampling_options(run.config.edit)
-    start, prompts = tav.noise(0, 3, (32, 32)), ["red", "blue", "red square"]
+    tav, prompts = TuneAVideo.restore(finished_run), ["red", "blue", "red square"]
+    options = editing.sampling_options(run.config, tav.noise(0, 3, (32, 32)))
     monkeypatch.setattr(edit.memory, "available", lambda: None)
-    one_batch = edit.sample_in_batches(tav, prompts, start, options)
+    one_batch = edit.sample_in_batches(tav, prompts, options)
     monkeypatch.setattr(edit.memory, "prompt_batch_size", lambda wanted, each: 2)  # the second batch is padded
-    two_batches = edit.sample_in_batches(tav, prompts, start, options)
+    two_batches = edit.sample_in_batches(tav, prompts, options)
     assert [x.prompt for x in one_batch] == [x.prompt for x in two_batches] == prompts
     for a, b in zip(one_batch, two_batches, strict=True):
         assert np.abs(a.frames.astype(int) - b.frames.astype(int)).max() <= 1
@@ -240,7 +241,7 @@ def test_strength_of_the_config_is_used(finished_run):
     tav, e = TuneAVideo.restore(finished_run), run.config.edit
     noise = tav.noise(0, 3, (32, 32))
     e.strength = 0.5
-    [ours] = edit.sample_in_batches(tav, ["red"], noise, sampling_options(e))
+    [ours] = edit.sample_in_batches(tav, ["red"], editing.sampling_options(run.config, noise))
     options = {"latents": noise, "steps": e.steps, "guidance": e.guidance}
     assert np.array_equal(ours.frames, tav.sample("red", strength=0.5, **options).frames)
     assert not np.array_equal(ours.latents, tav.sample("red", **options).latents)

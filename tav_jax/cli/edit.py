@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name, None)) is not None:
             training_run.config.edit[name] = value
     training_run.config = configs.validate(training_run.config)
+    if arguments.mask:
+        training_run.config.edit.mask = source_clip.absolute(arguments.mask)
     if arguments.clip is not None:
         training_run.config.clip.path = source_clip.absolute(arguments.clip)
     prompts = arguments.prompt or training_run.config.edit.prompts
@@ -103,11 +105,12 @@ def edit(
 
     run.directory.remove_scratch()
     clip = run.load_clip(run.checkpoints.read_metadata(step).get("clip"))
+    mask = editing.mask(run.config, len(clip.frames))
     tav = TuneAVideo.restore(run.directory, step=step, run=run)
     step = run.checkpoints.newest if step is None else step  # after restoring, in case training has removed it before
     tav.source = clip
     inverted = editing.invert_cached(run, tav, clip, step) if inversion else None
-    sampling = editing.sampling_options(run.config, inverted, len(clip.frames))
+    sampling = editing.sampling_options(run.config, inverted, mask)
     edits: list[Edit] = []
     for seed in dict.fromkeys(seed for _, seed, _ in outputs):
         if inverted is None:
@@ -118,11 +121,13 @@ def edit(
     videos = [Clip(sampled.frames, sampled.fps, sampled.audio) for sampled in edits]
     for video, name in zip([*videos, side_by_side(clip, edits, c.prompt)], names, strict=True):
         publish_video(directory, video, name)
-    entries = {}
-    for video, (prompt, seed, _), name in zip(videos, outputs, names, strict=False):
+    entries, restricted = {}, bool(settings.blend_words or settings.mask)
+    for video, sampled, (prompt, seed, _), name in zip(videos, edits, outputs, names, strict=False):
         again = shlex.join([*command, f"--prompt={prompt}", *([] if seed is None else [f"--seed={seed}"])])
-        shown = changed | ({} if seed is None else {"seed": seed})
-        entries[name.removeprefix(prefix)] = Entry(prompt, video, shown, again if command else "")
+        shown = {key: ", ".join(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+        shown |= {} if seed is None else {"seed": seed}
+        entry = Entry(prompt, video, shown, again if command else "", mask=sampled.mask if restricted else None)
+        entries[name.removeprefix(prefix)] = entry
     page = processes.run_on_primary(
         "writing the page", lambda: update_index(directory, prefix, clip, c.prompt, entries)
     )

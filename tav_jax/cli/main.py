@@ -123,7 +123,9 @@ def parser() -> argparse.ArgumentParser:
     equalizer = "factor on the attention to a word, with --cross-attention-steps: 2 shows more of it; may be repeated"
     source.add_argument("--equalizer", action="append", metavar="WORD=FACTOR", help=equalizer)
     blend = "a word of the clip's prompt or of an edit: change only where it is shown; may be repeated"
-    source.add_argument("--blend-word", action="append", dest="blend_words", metavar="WORD", help=blend)
+    source.add_argument(
+        "--blend-word", "--blend-words", action="append", dest="blend_words", metavar="WORD", help=blend
+    )
     source.add_argument(
         "--mask", metavar="FILE", help="an image or a video, white where the edit may change the source"
     )

@@ -50,7 +50,7 @@ class Editing(NamedTuple):
     mapping: Float[Array, "P L L"]  # these three: see `AttentionControls`
     shared: Float[Array, "P L"]
     equalizer: Float[Array, "P L"]
-    words: Float[Array, "1+P L"]  # tokens of the words that may change, of the source and of each prompt
+    words: Float[Array, "S L"]  # tokens of the words that may change, of the source and of each prompt
     word_mask: Bool[Array, ""]  # whether `words` restrict the edit
     mask: Float[Array, "1 F h w 1"]  # 1 where the edit may change the source
 
@@ -61,7 +61,7 @@ class Editing(NamedTuple):
 
 
 class EditingState(NamedTuple):
-    word_maps: Float[Array, "1+P F T"]  # sums over the steps so far
+    word_maps: Float[Array, "S F T"]  # sums over the steps so far
     network: Any = None  # carry of the network
 
 
@@ -101,7 +101,7 @@ def two_branch(
     return denoise, blend
 
 
-def edit_mask(word_maps: Float[Array, "1+P F T"], editing: Editing) -> Float[Array, "P F h w 1"]:
+def edit_mask(word_maps: Float[Array, "S F T"], editing: Editing) -> Float[Array, "P F h w 1"]:
     """1 where an edit may change the source: inside the given mask and, if words are given, where the source or the
     edit shows them."""
     size = editing.mask.shape[2], editing.mask.shape[3]
@@ -139,7 +139,7 @@ def make_editing(
 
 
 def step_controls(
-    trajectory: Float[Array, "N+1 1 F h w c"],
+    trajectory: Float[Array, "K 1 F h w c"],
     *,
     self_attention_steps: float,
     feature_steps: float,

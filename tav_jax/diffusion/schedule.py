@@ -182,7 +182,7 @@ class NoiseSchedule:
             below = np.concatenate([[np.float32(self.final_alpha_cumprod)], alpha[:-1]]).astype(np.float32)
         return Steps.of(t[::-1].copy(), alpha[::-1].copy(), below[::-1].copy())
 
-    def trajectory_indices(self, steps: int, inversion_steps: int) -> Int[np.ndarray, "steps+1"]:
+    def trajectory_indices(self, steps: int, inversion_steps: int) -> Int[np.ndarray, "K"]:
         """Where, in a trajectory of the inversion, the latents before the first sampling step and after each step are.
         A trajectory has the clip's own latents first."""
         timesteps = self.sampling_steps(steps, inversion_steps).timestep[::-1]

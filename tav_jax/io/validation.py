@@ -87,7 +87,7 @@ def requested_shape(latents: Array, frames: int | None, size: tuple[int, int] | 
             raise InputError(f"{name} is {given!r} and the latents are of {name} {value}; leave {name} out")
 
 
-def trajectory(values: Values, latents: Array, steps: int) -> Float[Array, "N+1 1 F h w c"]:
+def trajectory(values: Values, latents: Array, steps: int) -> Float[Array, "K 1 F h w c"]:
     """The trajectory of an inversion in `steps` steps, of the clip that `latents` are of."""
     array = jnp.asarray(values, jnp.float32)
     if array.ndim != 6 or array.shape[1] != 1:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from tav_jax import config as configs
 from tav_jax.diffusion.alignment import check_words
@@ -34,8 +35,8 @@ def check(config: Any, prompts: Sequence[str], *, inversion: bool = True) -> Non
         return
     if not inversion:
         raise InputError(
-            "--no-inversion leaves no source to take attention, features or a background from; leave it out, or set "
-            "self_attention_steps, feature_steps and cross_attention_steps to 0 and equalizer, blend_words and mask empty"
+            "--no-inversion leaves no source to take attention, features or a background from; leave --no-inversion "
+            "out, or the settings that need the source: the shares of steps, equalizer, blend_words and mask"
         )
     if words and not edit.cross_attention_steps:
         raise InputError("equalizer has no effect with cross_attention_steps 0; set it, 0.8 is usual")
@@ -50,7 +51,12 @@ def inversion_options(config: Any) -> dict[str, Any]:
     return options | {"return_trajectory": configs.has_source_branch(edit)}
 
 
-def sampling_options(config: Any, inverted: Any, frames: int) -> dict[str, Any]:
+def mask(config: Any, frames: int) -> Float[np.ndarray, "F H W"] | None:
+    """The mask that the config names, if it names one."""
+    return load_mask(config.edit.mask, config.clip, frames) if config.edit.mask else None
+
+
+def sampling_options(config: Any, inverted: Any, mask: Any = None) -> dict[str, Any]:
     """Arguments of `TuneAVideo.sample`, for the result of `TuneAVideo.invert` with `inversion_options`; None without an
     inversion."""
     edit = config.edit
@@ -61,8 +67,7 @@ def sampling_options(config: Any, inverted: Any, frames: int) -> dict[str, Any]:
     if configs.has_source_branch(edit):
         names += ["self_attention_steps", "feature_steps", "cross_attention_steps", "blend_words", "blend_start"]
         options |= {"latents": inverted[-1], "source": inverted, "source_prompt": config.clip.prompt}
-        options |= {"equalizer": configs.equalizer_factors(edit.equalizer)}
-        options |= {"mask": load_mask(edit.mask, config.clip, frames) if edit.mask else None}
+        options |= {"equalizer": configs.equalizer_factors(edit.equalizer), "mask": mask}
     return options | {name: edit[name] for name in names}
 
 

@@ -13,7 +13,7 @@ from tav_jax.errors import NotFiniteError, StoppedError
 from tav_jax.io.progress import MeanLoss, counter, progress_bar
 from tav_jax.io.video import Clip
 from tav_jax.pipeline import TuneAVideo
-from tav_jax.training import nonfinite, source_clip
+from tav_jax.training import editing, nonfinite, source_clip
 from tav_jax.training.metrics import Metrics, check_installed
 from tav_jax.training.preemption import Stop, stop_message
 from tav_jax.training.run import Run, is_due, log, publish_video
@@ -42,6 +42,9 @@ def _train(run: Run, stop: Stop) -> None:
     moved = run.directory.has_run and processes.run_on_primary("comparing the path of the clip", check_moved)
     previews_missing = processes.run_on_primary("checking the previews", lambda: run.previews_missing(first))
     finished = first >= c.train.steps and not previews_missing
+    previews = c.edit.prompts if c.train.preview_every else ()
+    if previews:
+        editing.check(c, previews)
     clip = None if finished and not moved else run.load_clip(recorded)
     if clip is None or finished:
         if moved:
@@ -50,6 +53,7 @@ def _train(run: Run, stop: Stop) -> None:
         log(f"{run.directory} is finished: {plural(first, 'step')}{total}. Edit with {edit_command(run)}.")
         return
 
+    mask = editing.mask(c, len(clip.frames)) if previews else None
     tav = TuneAVideo.from_config(c)
     tav.source = clip
     posterior, text = tav.posterior(clip), tav.encode_text(c.clip.prompt)
@@ -88,7 +92,7 @@ def _train(run: Run, stop: Stop) -> None:
         # With several processes a checkpoint is written by all together, so a stop waits for the next step.
         saving = contextlib.nullcontext() if processes.is_multiprocess() else stop.saving_with(save_now)
         with metrics.untimed(), saving:
-            write_previews(run, tav, posterior.mean, done, metrics)
+            write_previews(run, tav, posterior.mean, mask, done, metrics)
 
     try:
         if previews_missing:
@@ -172,7 +176,7 @@ def coverage(clip: Clip, start: int, stride: int) -> str:
     return text + "."
 
 
-def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, metrics: Metrics) -> None:
+def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, mask: Any, step: int, metrics: Metrics) -> None:
     """Sample the edit prompts from the inverted clip with the current weights."""
     settings = run.config.edit
     log(f"Sampling {plural(len(settings.prompts), 'preview')} at step {step}.")
@@ -180,7 +184,7 @@ def write_previews(run: Run, tav: TuneAVideo, latents: jax.Array, step: int, met
     try:
         with progress_bar(total, f"previews of step {step}", leave=False) as bar:
             inverted = tav.invert(latents, progress=counter(bar), **editing.inversion_options(run.config))
-            options = editing.sampling_options(run.config, inverted, latents.shape[1])
+            options = editing.sampling_options(run.config, inverted, mask)
             for prompt, file in zip(settings.prompts, run.preview_files(step), strict=True):
                 edit = tav.sample(prompt, progress=counter(bar), **options)
                 publish_video(run.directory, edit, file)

@@ -65,6 +65,8 @@ class Run:
                 "skiing', or set it to '' to tune on the empty prompt"
             )
         config.clip.path = source_clip.absolute(config.clip.path)
+        if config.edit.mask:
+            config.edit.mask = source_clip.absolute(config.edit.mask)
         directory = RunDirectory(workdir)
         directory.check_writable()
         directory.check_shared()
