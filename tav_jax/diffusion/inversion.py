@@ -1,8 +1,9 @@
 """DDIM inversion by fixed-point iteration (AIDI, arXiv 2309.04907).
 
-DDIM inversion goes from latents z at one ᾱ to x at a smaller one with the noise predicted for z, although the step back
-will use the noise predicted for x. Fixed-point iteration solves `x = step(z, ε(x, t))`: it starts from x = z and
-repeats `x ← step(z, ε(x, t))`. One iteration is DDIM inversion.
+DDIM inversion goes from latents z at one ᾱ to x at a smaller one with the prediction for z, although the step back will
+use the prediction for x. Fixed-point iteration finds the x from which the step back leads to z: it starts from x = z
+and repeats `x ← the start from which a step with the prediction for x leads to z`. For a network that predicts ε, one
+iteration is DDIM inversion.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tav_jax.diffusion.samplers import Denoiser
-from tav_jax.diffusion.schedule import Prediction, ddim_step
+from tav_jax.diffusion.schedule import Prediction, ddim_start, predicted_x0_and_noise, training_target
 
 
 class FixedPointState(NamedTuple):
@@ -25,17 +26,21 @@ class FixedPointState(NamedTuple):
 
 
 def fixed_point_iteration(denoise: Denoiser, prediction: Prediction) -> Denoiser:
-    """The prediction of the last iteration. For DDIM inversion; `denoise` keeps no carry."""
+    """The prediction for z with which the DDIM step goes to the x of the last iteration. For DDIM inversion; `denoise`
+    keeps no carry."""
 
     def iterated(latents, step, carry: FixedPointState):
         def body(_, values):
             x, _, _ = values
             output, _ = denoise(x, step, None)
-            new = ddim_step(latents, output, step.alpha, step.next_alpha, prediction)
+            new = ddim_start(latents, output, step.next_alpha, step.alpha, prediction)
             return new, output, jnp.linalg.norm(jnp.ravel(new - x)) / jnp.linalg.norm(jnp.ravel(new))
 
         start = (latents, jnp.zeros_like(latents), jnp.float32(0))
-        _, output, residual = jax.lax.fori_loop(0, carry.iterations, body, start)
-        return output, carry._replace(residuals=carry.residuals.at[step.step].set(residual))
+        x, output, residual = jax.lax.fori_loop(0, carry.iterations, body, start)
+        # Of x0 and ε at x; at z, they have another velocity.
+        x0, noise = predicted_x0_and_noise(x, output, step.next_alpha, prediction)
+        carry = carry._replace(residuals=carry.residuals.at[step.step].set(residual))
+        return jnp.asarray(training_target(x0, noise, step.alpha, prediction)), carry
 
     return iterated

@@ -228,3 +228,13 @@ def ddim_step(
     """`√ᾱ'·x0 + √(1−ᾱ')·ε`: from x at ᾱ = alpha to ᾱ' = next_alpha."""
     x0, eps = predicted_x0_and_noise(x, model_output, alpha, prediction)
     return jnp.sqrt(next_alpha) * x0 + jnp.sqrt(1 - next_alpha) * eps
+
+
+def ddim_start(
+    z: Float[Values, "*s"], model_output: Float[Values, "*s"], alpha: Alpha, next_alpha: Alpha, prediction: Prediction
+) -> Float[Array, "*s"]:
+    """The x for which `ddim_step(x, model_output, alpha, next_alpha)` is z; the step is linear in both arrays."""
+    one, zero = jnp.float32(1), jnp.float32(0)
+    from_x = ddim_step(one, zero, alpha, next_alpha, prediction)
+    from_output = ddim_step(zero, one, alpha, next_alpha, prediction)
+    return (jnp.asarray(z) - from_output * model_output) / from_x
