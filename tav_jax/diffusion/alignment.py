@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -111,13 +111,13 @@ def refinement(source: TokenizedPrompt, edit: TokenizedPrompt) -> Alignment:
     return Alignment(mapping, shared)
 
 
-def equalizers(prompts: Sequence[TokenizedPrompt], factors: Mapping[str, float]) -> Float[np.ndarray, "P L"]:
+def equalizers(prompts: Sequence[TokenizedPrompt], factors: Mapping[str, Any]) -> Float[np.ndarray, "P L"]:
     """For each prompt, the factor on the attention to each of its tokens."""
     table = np.ones((len(prompts), prompts[0].length), np.float32)
     for word, factor in factors.items():
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1000:
             raise InputError(f"equalizer has {short_repr(factor)} for {word!r}; it must be a number from 0 to 1000")
-        check_words("equalizer", [word], [prompt.text for prompt in prompts])
+        _check_found("equalizer", word, prompts)
         for row, prompt in zip(table, prompts, strict=True):
             row[prompt.find(word)] = factor
     return table
@@ -127,7 +127,27 @@ def word_tokens(name: str, prompts: Sequence[TokenizedPrompt], words: Sequence[s
     """For each prompt, 1 for the tokens of these words."""
     table = np.zeros((len(prompts), prompts[0].length), np.float32)
     for word in words:
-        check_words(name, [word], [prompt.text for prompt in prompts])
+        _check_found(name, word, prompts)
         for row, prompt in zip(table, prompts, strict=True):
             row[prompt.find(word)] = 1
     return table
+
+
+def blend_tokens(
+    source: TokenizedPrompt, prompts: Sequence[TokenizedPrompt], words: Sequence[str]
+) -> Float[np.ndarray, "M L"]:
+    """`word_tokens` of the source and the prompts. Each prompt needs a word, of its own or of the source:
+    otherwise its edit could change nothing."""
+    table = word_tokens("blend_words", [source, *prompts], words)
+    for prompt, row in zip(prompts, table[1:], strict=True):
+        if words and not (row.any() or table[0].any()):
+            texts = f"the prompt {short_repr(prompt.text)} or of the source prompt {short_repr(source.text)}"
+            raise InputError(f"blend_words has no word of {texts}, so that nothing may change; add one")
+    return table
+
+
+def _check_found(name: str, word: str, prompts: Sequence[TokenizedPrompt]) -> None:
+    check_words(name, [word], [prompt.text for prompt in prompts])
+    if not any(prompt.find(word) for prompt in prompts):
+        where = f"no prompt has in its first {prompts[0].length} tokens"
+        raise InputError(f"{name} has {short_repr(word)}, which {where}; shorten the prompt")

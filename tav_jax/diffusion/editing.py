@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tav_jax.diffusion.alignment import TokenizedPrompt, align, equalizers, word_tokens
+from tav_jax.diffusion.alignment import TokenizedPrompt, align, blend_tokens, equalizers
 from tav_jax.diffusion.guidance import guide
 from tav_jax.diffusion.network import Network
 from tav_jax.diffusion.samplers import AfterStep, Denoiser
@@ -103,7 +103,7 @@ def two_branch(
 
 def edit_mask(word_maps: Float[Array, "S F T"], editing: Editing) -> Float[Array, "P F h w 1"]:
     """1 where an edit may change the source: inside the given mask and, if words are given, where the source or the
-    edit shows them."""
+    edit shows them. `word_maps`: of the source and of each prompt, S = 1 + P."""
     size = editing.mask.shape[2], editing.mask.shape[3]
     level = next(i for i in range(3) if math.prod(level_size(*size, i)) == word_maps.shape[-1])
     height, width = level_size(*size, level)
@@ -122,7 +122,7 @@ def make_editing(
     prompts: Sequence[TokenizedPrompt],
     mask: Float[Array, "1 F h w 1"],
     *,
-    equalizer: Mapping[str, float],
+    equalizer: Mapping[str, Any],
     blend_words: Sequence[str],
 ) -> Editing:
     """The arrays for edits of a source prompt. `equalizer`: factors on the attention to words of the prompts;
@@ -132,7 +132,7 @@ def make_editing(
         jnp.asarray(np.stack([alignment.mapping for alignment in alignments])),
         jnp.asarray(np.stack([alignment.shared for alignment in alignments])),
         jnp.asarray(equalizers(prompts, equalizer)),
-        jnp.asarray(word_tokens("blend_words", [source, *prompts], blend_words)),
+        jnp.asarray(blend_tokens(source, prompts, blend_words)),
         jnp.asarray(bool(blend_words)),
         mask,
     )
@@ -146,15 +146,19 @@ def step_controls(
     cross_attention_steps: float,
     blend_start: float,
 ) -> StepControls:
-    """`trajectory`: the source's latents before the first step and after each of N steps. Each of the others is a share
-    of the steps: the controls apply in the first ones, blending after the step at `blend_start`."""
+    """`trajectory`: the source's latents before the first step and after each of N steps, K = N + 1. Each of the
+    others is a share of the steps: the controls apply in the first ones, blending after the step at `blend_start`."""
     steps = len(trajectory) - 1
+
+    def count(share: float) -> float:
+        return round(share * steps, 6)  # in floating point, 0.55 · 20 is above 11
+
     index = np.arange(steps)
     return StepControls(
-        jnp.asarray(index < self_attention_steps * steps),
-        jnp.asarray(index < feature_steps * steps),
-        jnp.asarray(index < cross_attention_steps * steps),
-        jnp.asarray(index >= blend_start * steps),
+        jnp.asarray(index < count(self_attention_steps)),
+        jnp.asarray(index < count(feature_steps)),
+        jnp.asarray(index < count(cross_attention_steps)),
+        jnp.asarray(index >= math.floor(count(blend_start))),
         trajectory[:-1],
         trajectory[1:],
     )

@@ -46,13 +46,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int, vocab_size: int = 2**31) -> Int[np.ndarray, "n L"]:
     """Token ids below `vocab_size`, padded to `length`. Longer texts are truncated, with a warning."""
     for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"a prompt must be a string, not {short_repr(text)}")
-        if len(text) > MAX_TEXT:
-            encoder = f"the text encoder reads {length} tokens"
-            raise InputError(f"a prompt has {len(text)} characters, more than {MAX_TEXT}; {encoder}")
-        if not is_utf8(text):
-            raise InputError(f"the prompt {short_repr(text)} is not valid Unicode; write it in UTF-8")
+        _check_text(text, length)
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
@@ -69,8 +63,19 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, vocab_size: int 
     return ids
 
 
+def _check_text(text: Any, length: int) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"a prompt must be a string, not {short_repr(text)}")
+    if len(text) > MAX_TEXT:
+        encoder = f"the text encoder reads {length} tokens"
+        raise InputError(f"a prompt has {len(text)} characters, more than {MAX_TEXT}; {encoder}")
+    if not is_utf8(text):
+        raise InputError(f"the prompt {short_repr(text)} is not valid Unicode; write it in UTF-8")
+
+
 def tokenize_words(tokenizer: Any, length: int, text: str) -> TokenizedPrompt:
     """The tokens of a prompt, at most `length`, with the characters that each one covers."""
+    _check_text(text, length)
     encoded = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True, verbose=False)
     ids, offsets = np.asarray(encoded.input_ids, np.int32), [tuple(span) for span in encoded.offset_mapping]
     return TokenizedPrompt(text, ids, offsets, length)
