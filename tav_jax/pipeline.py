@@ -286,14 +286,16 @@ class TuneAVideo(Networks):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("the list of prompts is empty; give at least one (an empty string is a valid prompt)")
-        validation.strength(strength, from_clip=latents is not None)
+        validation.strength(strength, from_clip=not (latents is None and source is None))
         table, sampler = self.schedule.sampling_steps(steps, inversion_steps), get_sampler(sampler)
         source_prompt = self.tuned_prompt if source_prompt is None else source_prompt
         shares = (self_attention_steps, feature_steps, cross_attention_steps, blend_start)
-        controls = EditControls(source, source_prompt, *shares, equalizer or {}, blend_words, mask)
+        controls = EditControls(
+            source, source_prompt, *shares, {} if equalizer is None else equalizer, blend_words, mask
+        )
         controls.check()
         if latents is None and source is not None:
-            latents = jnp.asarray(source)[-1]
+            latents = validation.trajectory(source)[-1]
         if latents is None:
             latents = self.noise(seed, frames, size)
         else:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from tav_jax.diffusion.alignment import TokenizedPrompt
 from tav_jax.diffusion.editing import Editing, StepControls, make_editing, step_controls
 from tav_jax.diffusion.schedule import NoiseSchedule
-from tav_jax.errors import InputError
+from tav_jax.errors import InputError, short_repr
 from tav_jax.io import validation
 from tav_jax.io.validation import Values
 
@@ -40,6 +40,8 @@ class EditControls(NamedTuple):
                 "equalizer, blend_words and mask need source=, the trajectory of the inversion: "
                 "tav.invert(clip, return_trajectory=True)"
             )
+        if not isinstance(self.equalizer, Mapping):
+            raise InputError(f"equalizer is {short_repr(self.equalizer)}; it must be like {{'word': 2.0}}")
         if isinstance(self.blend_words, str):
             raise InputError(
                 f"blend_words is {self.blend_words!r}; it must be a list of words, ({self.blend_words!r},)"
@@ -56,7 +58,7 @@ class EditControls(NamedTuple):
         factor: int,
     ) -> tuple[Editing, StepControls]:
         """`words`: the source prompt and the prompts. `factor`: the VAE's down-sampling factor."""
-        trajectory = validation.trajectory(self.source, latents, inversion_steps)
+        trajectory = validation.trajectory_of(self.source, latents, inversion_steps)
         trajectory = trajectory[schedule.trajectory_indices(steps, inversion_steps)]
         mask = validation.mask(np.ones(latents.shape[1:4]) if self.mask is None else self.mask, latents, factor)
         options = {"equalizer": self.equalizer, "blend_words": self.blend_words}

@@ -87,19 +87,28 @@ def requested_shape(latents: Array, frames: int | None, size: tuple[int, int] | 
             raise InputError(f"{name} is {given!r} and the latents are of {name} {value}; leave {name} out")
 
 
-def trajectory(values: Values, latents: Array, steps: int) -> Float[Array, "K 1 F h w c"]:
-    """The trajectory of an inversion in `steps` steps, of the clip that `latents` are of."""
+def trajectory(values: Values) -> Float[Array, "K 1 F h w c"]:
+    """The trajectory of an inversion."""
     array = jnp.asarray(values, jnp.float32)
-    if array.ndim != 6 or array.shape[1] != 1:
+    if array.ndim != 6 or array.shape[1] != 1 or 0 in array.shape:
         expected = "[steps + 1, 1, frames, height, width, channels], as invert(..., return_trajectory=True) returns it"
         raise InputError(f"source is {list(array.shape)}; expected {expected}")
+    return array
+
+
+def trajectory_of(values: Values, latents: Array, steps: int) -> Float[Array, "K 1 F h w c"]:
+    """The trajectory of an inversion in `steps` steps, of the clip that `latents` are of."""
+    array = trajectory(values)
     if array.shape[0] != steps + 1:
         raise InputError(
             f"source is the trajectory of an inversion in {array.shape[0] - 1} steps and inversion_steps is {steps}; "
             f"give inversion_steps={array.shape[0] - 1}, or invert in {steps} steps"
         )
     if array.shape[2:] != latents.shape[1:]:
-        raise InputError(f"source is of latents {list(array.shape[2:])} and the latents are {list(latents.shape[1:])}")
+        raise InputError(
+            f"source is of latents {list(array.shape[2:])} and the latents are {list(latents.shape[1:])}; "
+            "give both of the same clip, or leave latents out"
+        )
     return array
 
 

@@ -26,9 +26,7 @@ torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Attention(nnx.Module):
     """The four projections of an attention layer, and the three ways in which the video UNet uses one."""
 
-    def __init__(
-        self, dim: int, context_dim: int, heads: int, *, zero_output: bool = False, word_maps=False, dtype, rngs
-    ):
+    def __init__(self, dim: int, context_dim: int, heads: int, *, zero_output: bool = False, dtype, rngs):
         kw = {"dtype": dtype, "rngs": rngs, "kernel_init": torch_default}
         self.heads = heads
         self.to_q = nnx.Linear(dim, dim, use_bias=False, **kw)
@@ -68,7 +66,7 @@ class Attention(nnx.Module):
             q, k, v = self.project(x, conditioning.text)  # [B, F, T, N, D], [B, L, N, D]
             specs = (FRAMES, REPLICATED, REPLICATED, REPLICATED)
             x, maps = map_shards(controlled_cross_attention, q, k, v, conditioning.controls, specs=specs)
-            self.sow(nnx.Intermediate, "word_maps", maps)  # [M, F, T]
+            self.word_maps = nnx.Intermediate(maps)  # [M, F, T]; the caller removes it with nnx.pop
             return self.output(x)
         q, k, v = self.project(x.reshape(b, f * t, c), conditioning.text)  # [B, F·T, N, D], [B, L, N, D]
         return self.output(map_shards(full_attention, q, k, v, specs=(CLIP, PROMPTS, PROMPTS))).reshape(b, f, t, c)

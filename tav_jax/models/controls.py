@@ -66,6 +66,6 @@ def controlled_cross_attention(
         maps = jnp.einsum("rcntl,rl->rct", shown, words, precision="highest") / n
         return out.reshape(b, t, n, d), maps.reshape(-1, t)
 
-    batch_size = attention_batch_size(b * t, tokens, n)
+    batch_size = attention_batch_size(2 * b * t, tokens, n)  # scores, and the probabilities made of them
     frames_first = jax.lax.map(frame, jnp.swapaxes(q, 0, 1), batch_size=min(batch_size, f))
     return tuple(jnp.swapaxes(x, 0, 1) for x in frames_first)  # pyright: ignore[reportReturnType]
