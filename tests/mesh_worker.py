@@ -20,7 +20,7 @@ from tav_jax.training.trainer import Trainer
 REFERENCE = Path(__file__).parent / "reference"
 
 
-def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False, editing: bool = False) -> None:
+def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) -> None:
     root = REFERENCE / case
     with np.load(root / "reference.npz") as file:
         latents = np.moveaxis(file["latents_scaled_bcfhw"], -4, -1)  # [1, F, h, w, 4]
@@ -37,7 +37,6 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False, 
     kept = tav.sample(["blue", "red"], latents=inverted, steps=4, guidance=7.5, strength=0.5)
     np.savez(
         out,
-        **(edited(tav, latents) if editing else {}),
         kept=np.concatenate([one.latents for one in kept]),
         losses=result.losses,
         norms=result.grad_norms,
@@ -53,18 +52,6 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False, 
         assert all(np.array_equal(shards[0], shard) for shard in shards)
     report = {"devices": jax.device_count(), "largest_shard": largest}
     print(json.dumps(report | {"gathered": most_gathered(tav, latents), "latents": latents.nbytes}))
-
-
-def edited(tav: TuneAVideo, latents: np.ndarray) -> dict[str, np.ndarray]:
-    """Fixed-point inversion, and two-branch editing of two prompts with all controls."""
-    path = tav.invert(latents, steps=4, iterations=3, return_trajectory=True)
-    options = {"source": path, "source_prompt": "a red square", "inversion_steps": 4, "steps": 3, "guidance": 7.5}
-    options |= {"equalizer": {"blue": 3.0}, "blend_words": ("square",), "mask": np.linspace(np.zeros(16), 1, 16)}
-    # Cross-attention is controlled in two steps, self-attention and features in one; all are blended.
-    shares = {"self_attention_steps": 0.3, "feature_steps": 0.3, "cross_attention_steps": 0.6, "blend_start": 0.0}
-    edits = tav.sample(["a blue square", "a big green square"], **options, **shares)
-    clips = {name: np.concatenate([getattr(one, name) for one in edits]) for name in ("latents", "mask")}
-    return {"path": path, "residuals": tav.inversion_residuals, "controlled": clips["latents"], "masks": clips["mask"]}
 
 
 def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:
