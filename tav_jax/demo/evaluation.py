@@ -215,6 +215,11 @@ def evaluate(frames: UInt8[np.ndarray, "F 64 64 3"], expected: DemoClip) -> Eval
     )
 
 
+def near_object(frames: UInt8[np.ndarray, "F 64 64 3"]) -> Bool[np.ndarray, "F 64 64"]:
+    """Pixels of the object and around it."""
+    return np.stack([_dilate(analyze_frame(frame).mask > 0, RIM) for frame in frames])
+
+
 def background_consistency(frames: UInt8[np.ndarray, "F 64 64 3"], masks: list[np.ndarray]) -> float:
     """1 − the root mean square difference of consecutive frames, over pixels away from the object in both frames."""
     changes = []
