@@ -156,7 +156,9 @@ def test_the_first_hour(start, tmp_path):
         edit = load_video(edits / f"{prompt.replace(' ', '-')}.mp4")
         assert edit.frames.shape == (3, 32, 32, 3)
     assert list(edits.glob("side-by-side-*.mp4"))
-    # The page of the edits, index.html, is checked here.
+    page = (edits / "index.html").read_text()
+    assert page.count("data:video/mp4") == 4  # the source and three edits
+    assert all(f"--prompt=&#x27;{prompt}&#x27;" in page for prompt in prompts)
 
     run("tav", "export", "--workdir=runs/mine", "--out=tuned")
     assert run("python", "-c", LOAD, work / "tuned", cwd=elsewhere).strip() == "(3, 32, 32, 3)"
