@@ -64,7 +64,7 @@ def sampling_options(config: Any, inverted: Any, mask: Any = None) -> dict[str, 
     options: dict[str, Any] = {}
     if inverted is not None:
         options = {"latents": inverted, "inversion_steps": edit.inversion_steps}
-    if configs.has_source_branch(edit):
+    if inverted is not None and configs.has_source_branch(edit):
         names += ["self_attention_steps", "feature_steps", "cross_attention_steps", "blend_words", "blend_start"]
         options |= {"latents": inverted[-1], "source": inverted, "source_prompt": config.clip.prompt}
         options |= {"equalizer": configs.equalizer_factors(edit.equalizer), "mask": mask}
