@@ -62,6 +62,7 @@ def get_config() -> "ConfigDict":
                 "weight_decay": 1e-2,
                 "max_grad_norm": 1.0,
                 "trainable": TRAINABLE,
+                "window": 0,
                 "remat": "block",
                 "checkpoint_every": 100,
                 "keep_newest": 2,
@@ -78,6 +79,8 @@ def get_config() -> "ConfigDict":
                 "inversion_steps": 50,
                 "inversion_prompt": "",
                 "inversion_iterations": 1,
+                "window": (),
+                "feature_reuse": 1,
                 # Two-branch editing, which is on if any of these is set:
                 "self_attention_steps": 0.0,
                 "feature_steps": 0.0,
@@ -114,6 +117,7 @@ MEANINGS = {
     "train.weight_decay": "weight decay of AdamW",
     "train.max_grad_norm": "gradients are clipped to this global norm",
     "train.trainable": "suffixes of the trained modules' names; with down, mid or up, only in these blocks",
+    "train.window": "frames of a random window of the clip that each step trains on; 0: all",
     "train.remat": "rematerialization policy, in order of decreasing memory",
     "train.checkpoint_every": "steps between checkpoints; 0: only at the end",
     "train.keep_newest": "number of newest checkpoints to keep",
@@ -126,6 +130,8 @@ MEANINGS = {
     "edit.guidance": "scale of classifier-free guidance; at 1 or below only the conditional prediction is computed",
     "edit.strength": "fraction of the sampling steps, the last ones, that use the prompt; less keeps more of the clip",
     "edit.inversion_steps": "steps of DDIM inversion",
+    "edit.window": "(frames, stride) of overlapping windows for long clips, (16, 4) is usual; (): off",
+    "edit.feature_reuse": "compute the whole UNet every so many steps, its last layer in the others; 1: off",
     "edit.inversion_prompt": "prompt of the inversion",
     "edit.inversion_iterations": "fixed-point iterations of each inversion step; 1: DDIM; 3 to 5 reconstruct better",
     "edit.self_attention_steps": "fraction of the steps, the first ones, with the source's spatial attention",
@@ -169,29 +175,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", tuple: "a list of strings"}
 # name → (minimum, maximum)
 RANGES = {
-    "clip.frames": (0, 10_000),
-    "clip.start": (0, 10_000_000),
+    **dict.fromkeys(("clip.frames", "train.window"), (0, 10_000)),
+    **dict.fromkeys(("clip.start", "train.checkpoint_every", "train.keep_every"), (0, 10_000_000)),
+    **dict.fromkeys(("train.preview_every", "log.profile_step"), (0, 10_000_000)),
     "clip.stride": (1, 100_000),
     "train.steps": (1, 10_000_000),
-    "train.learning_rate": (0.0, 1.0),
-    "train.weight_decay": (0.0, 1.0),
-    "train.checkpoint_every": (0, 10_000_000),
+    **dict.fromkeys(("train.learning_rate", "train.weight_decay", "edit.self_attention_steps"), (0.0, 1.0)),
+    **dict.fromkeys(("edit.feature_steps", "edit.cross_attention_steps", "edit.blend_start"), (0.0, 1.0)),
     "train.keep_newest": (1, 10_000),
-    "train.keep_every": (0, 10_000_000),
-    "train.preview_every": (0, 10_000_000),
-    "edit.steps": (1, 999),
-    "edit.inversion_steps": (1, 999),
+    **dict.fromkeys(("edit.steps", "edit.inversion_steps"), (1, 999)),
+    **dict.fromkeys(("edit.feature_reuse", "edit.inversion_iterations"), (1, 100)),
     "edit.guidance": (0.0, 1000.0),
     "edit.strength": (0.01, 1.0),
-    "edit.inversion_iterations": (1, 100),
-    "edit.self_attention_steps": (0.0, 1.0),
-    "edit.feature_steps": (0.0, 1.0),
-    "edit.cross_attention_steps": (0.0, 1.0),
-    "edit.blend_start": (0.0, 1.0),
-    "log.profile_step": (0, 10_000_000),
     "log.profile_steps": (1, 1000),
-    "mesh.data": (0, 65536),
-    "mesh.frames": (0, 65536),
+    **dict.fromkeys(("mesh.data", "mesh.frames"), (0, 65536)),
     "seed": (0, 2**32 - 1),
 }
 
@@ -233,6 +230,14 @@ def _side_problem(name: str, value: Any, factor: int | None, most: int = MAX_SID
         note = "" if factor else " (of 4 for a VAE with fewer levels than Stable Diffusion's)"
         return f"{name} {short_repr(value)} is not a multiple of {step}{note}; use {fix}"
     return None
+
+
+def check_window(window: Any, name: str = "window") -> None:
+    """Refuse what is neither (frames, stride) nor (), which is none."""
+    is_tuple = isinstance(window, tuple | list) and all(type(n) is int for n in window)
+    if not is_tuple or len(window) not in (0, 2) or (window and not 1 <= window[1] <= window[0]):
+        expected = "(frames, stride) with a stride from 1 to frames, such as (16, 4), or () for none"
+        raise InputError(f"{name} is {short_repr(window)}; it must be {expected}")
 
 
 def check_edit_steps(edit: Any) -> None:
@@ -313,7 +318,9 @@ def validate(config: Any) -> "ConfigDict":
         if name == "train.remat":
             value = {"true": "block", "false": "none"}.get(str(value).lower(), value)  # a bool in early versions
         default = "" if known[name] is None else known[name]
-        if (converted := _as_type(value, default)) is None:
+        if name == "edit.window":
+            values[name] = tuple(value) if isinstance(value, list) else value
+        elif (converted := _as_type(value, default)) is None:
             problems.append(f"{name} is {short_repr(value)}, expected {TYPES[type(default)]} such as {default!r}")
         else:
             values[name] = converted
@@ -341,7 +348,7 @@ def _as_type(value: Any, default: Any) -> Any:
 
 def _problems(name: str, value: Any) -> Iterator[str]:
     texts = {str: (value,), tuple: value}.get(type(value), ())
-    for text in texts:
+    for text in filter(lambda text: isinstance(text, str), texts):
         # A file name may contain any byte but NUL; a prompt must be valid UTF-8.
         if "\0" in text or (not name.endswith(".path") and not is_utf8(text)):
             yield f"{name} is {short_repr(text)}; it must be valid UTF-8 without NUL"
@@ -357,9 +364,9 @@ def _problems(name: str, value: Any) -> Iterator[str]:
         minimum, maximum = RANGES[name]
         if not minimum <= value <= maximum:
             yield f"{name} is {short_repr(value)}; it must be {minimum} to {maximum}"
-    if name == "edit.equalizer":
+    if check := {"edit.equalizer": equalizer_factors, "edit.window": check_window}.get(name):
         try:
-            equalizer_factors(value)
+            check(value)
         except InputError as error:
             yield f"edit.{error}"
     if name == "train.max_grad_norm" and not value > 0:

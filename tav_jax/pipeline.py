@@ -157,14 +157,17 @@ class TuneAVideo(Networks):
         seed: Any = 33,
         trainable: Sequence[str] = TRAINABLE,
         remat: str | bool = "block",
+        window: int = 0,
         progress: bool | None = None,
     ) -> TuningResult:
-        """Tune the UNet on a clip and its prompt, in place. `progress` shows a bar, by default when interactive."""
+        """Tune the UNet on a clip and its prompt, in place. `window`, for long clips: each step trains on so many
+        consecutive frames. `progress` shows a bar, by default when interactive."""
         validation.steps(steps)
         clip, key = validation.opened(clip), validation.random_key(seed)
         posterior, text = self.posterior(clip), self.encode_text(prompt)
         hyper = Hyperparameters(learning_rate, weight_decay, max_grad_norm)
-        trainer = Trainer(self, posterior, text, hyper=hyper, seed=key, trainable=trainable, remat=remat)
+        options = {"seed": key, "trainable": trainable, "remat": remat, "window": window}
+        trainer = Trainer(self, posterior, text, hyper=hyper, **options)
         self.tuned_prompt = prompt
         self.source = clip if isinstance(clip, Clip) else None
         return trainer.run(steps, show_bar=progress)
@@ -201,6 +204,7 @@ class TuneAVideo(Networks):
         steps: int = 50,
         prompt: str = "",
         iterations: int = 1,
+        window: Sequence[int] = (),
         return_trajectory: bool = False,
         progress: Progress = None,
     ) -> Float[Array, "..."]:
@@ -209,6 +213,7 @@ class TuneAVideo(Networks):
         `iterations` above 1 (3 to 5 are usual) solve each step by fixed-point iteration, which reconstructs the clip
         more exactly; `inversion_residuals` is then how far each step is from a solution. With `return_trajectory`, the
         latents before the first and after every step, `[steps + 1, 1, F, h, w, 4]`: what `sample` takes as `source`.
+        `window`: see `sample`.
         `progress`: True for a bar, False for none, a function that is called with the number of steps done, or None for
         a bar when interactive.
         """
@@ -222,7 +227,8 @@ class TuneAVideo(Networks):
             latents = validation.latents(clip, self._channels)  # pyright: ignore[reportArgumentType]
         conditioning = Conditioning(self.encode_text(prompt))
         with reporter(progress, steps, "inverting") as report:
-            options = {"sampler": DDIM(), "trajectory": return_trajectory, "iterations": iterations}
+            windows = validation.window(window, latents.shape[1])
+            options = {"sampler": DDIM(), "trajectory": return_trajectory, "iterations": iterations, "window": windows}
             state, trajectory = self._denoise("inverting", latents, conditioning, table, report=report, **options)
         nonfinite.check_latents("the inversion", state.latents, self.dtype.name)
         self.inversion_residuals = state.denoiser.residuals if iterations > 1 else None
@@ -255,6 +261,8 @@ class TuneAVideo(Networks):
         blend_words: Sequence[str] = (),
         mask: Values | None = None,
         blend_start: float = 0.2,
+        window: Sequence[int] = (),
+        feature_reuse: int = 1,
         seed: Any = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
@@ -281,6 +289,10 @@ class TuneAVideo(Networks):
         has factors on the attention to words. `blend_words`, words of either prompt, and `mask`, of latents or pixels,
         restrict where an edit changes the source, from the share `blend_start` of the steps on. All of them are arrays:
         other values compile nothing.
+
+        `window`, (frames, stride), is for long clips: each step denoises overlapping windows, in the memory of one, and
+        averages them (`diffusion/windows.py`; (16, 4) is usual). `feature_reuse` K is for speed: only every K-th step
+        computes the whole UNet (`diffusion/feature_reuse.py`; 2 or 3, at a loss of quality).
         `progress` is as for `invert`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -294,6 +306,7 @@ class TuneAVideo(Networks):
             source, source_prompt, *shares, {} if equalizer is None else equalizer, blend_words, mask
         )
         controls.check()
+        validation.feature_reuse(feature_reuse)
         if latents is None and source is not None:
             latents = validation.trajectory(source)[-1]
         if latents is None:
@@ -301,7 +314,7 @@ class TuneAVideo(Networks):
         else:
             latents = validation.latents(latents, self._channels, prompts=len(prompts))
             validation.requested_shape(latents, frames, size, self._downsampling)
-        scale = guidance if guidance > 1 else None
+        windows, scale = validation.window(window, latents.shape[1]), guidance if guidance > 1 else None
         negative = [] if scale is None else [negative_prompt] * len(prompts)
         editing, texts = None, [*negative, *prompts]
         if source is not None:
@@ -310,19 +323,17 @@ class TuneAVideo(Networks):
             editing, by_step = controls.prepare(latents, words, self.schedule, **counts, factor=self._downsampling)
             table, texts = table._replace(controls=by_step), [source_prompt, *texts]
         prompted = Conditioning(self.encode_text(texts))  # [(source,) (P unconditional,) P conditional]
-        memory.check(self.memory_estimator.denoising("sampling", latents, rows=len(prompted.text)))
+        memory.check(self.memory_estimator.denoising("sampling", latents, len(prompted.text), windows))
 
         unprompted, before = steps - prompted_steps(steps, strength), None
         # Chunks of one size for both loops, so that another strength does not compile them again.
         chunk = programs.chunk_size(steps) if unprompted else None
         options = {"sampler": sampler, "trajectory": return_trajectory, "chunk": chunk}
+        options |= {"window": windows, "feature_reuse": feature_reuse}
         with reporter(progress, steps, "sampling") as report:
             if unprompted:  # computed once for prompts that share their initial latents
-                empty, first = (
-                    Conditioning(self.encode_text([""] * len(latents))),
-                    table.restart(0, unprompted),
-                )
-                first = first._replace(controls=None)
+                empty = Conditioning(self.encode_text([""] * len(latents)))
+                first = table.restart(0, unprompted)._replace(controls=None)
                 state, before = self._denoise("sampling", latents, empty, first, report=report, **options)
                 latents = state.latents
             options |= {"guidance": scale, "report": report and (lambda done: report(unprompted + done))}
@@ -345,7 +356,7 @@ class TuneAVideo(Networks):
         if chunk is None and processes.any_process(report is not None):
             chunk = programs.chunk_size(len(steps.timestep))
         options |= {"prediction": self.schedule.prediction, "chunk": chunk, "report": report}
-        workload = self.memory_estimator.denoising(name, latents, rows=len(conditioning.text))
+        workload = self.memory_estimator.denoising(name, latents, len(conditioning.text), options["window"])
         with memory.checked(workload), self.jit_context():
             return programs.run_denoise_loop(self.components.unet, latents, conditioning, steps, **options)
 

@@ -35,8 +35,10 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) 
     inverted = tav.invert(latents, steps=4)
     edit, other = tav.sample(["blue", "a green square"], latents=inverted, steps=4, guidance=7.5)
     kept = tav.sample(["blue", "red"], latents=inverted, steps=4, guidance=7.5, strength=0.5)
+    extra = long_clip(tav, inverted) if frames < 24 else {}
     np.savez(
         out,
+        **extra,
         kept=np.concatenate([one.latents for one in kept]),
         losses=result.losses,
         norms=result.grad_norms,
@@ -52,6 +54,18 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) 
         assert all(np.array_equal(shards[0], shard) for shard in shards)
     report = {"devices": jax.device_count(), "largest_shard": largest}
     print(json.dumps(report | {"gathered": most_gathered(tav, latents), "latents": latents.nbytes}))
+
+
+def long_clip(tav: TuneAVideo, latents: jax.Array) -> dict[str, np.ndarray]:
+    """Samples in windows and with reuse of features, alone and together."""
+    options = {"latents": latents, "guidance": 7.5, "window": (3, 1), "feature_reuse": 2}
+    long = tav.sample(["blue", "red"], steps=2, **options)
+    options = {"steps": 6, "feature_reuse": 2, "progress": lambda done: None}  # in chunks of 3
+    reused = tav.sample("blue", latents=latents, guidance=7.5, **options)
+    compiled = programs.denoise_loop._cache_size(), programs.empty_cache._cache_size()
+    tav.sample("red", latents=latents, guidance=5.0, **options)
+    assert (programs.denoise_loop._cache_size(), programs.empty_cache._cache_size()) == compiled
+    return {"long": np.concatenate([one.latents for one in long]), "reused": np.asarray(reused.latents)}
 
 
 def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:

@@ -40,7 +40,7 @@ def alone(tmp_path_factory):
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
-    for name in ("losses", "norms", "inverted", "edit", "other", "kept"):
+    for name in ("losses", "norms", "inverted", "edit", "other", "kept", *sorted({"long", "reused"} & theirs.keys())):
         error = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
         assert error <= 1e-4, (name, error)
     assert np.abs(ours["frames"].astype(int) - theirs["frames"]).max() <= 1

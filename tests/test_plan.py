@@ -397,6 +397,18 @@ def test_the_smallest_change_of_each_kind_that_fits_is_found():
     assert len(cache.compiled) == 4  # no compilation without a result
 
 
+def test_windows_of_a_job():
+    settings = config.get_config()
+    settings.model.path = "sd1"
+    settings.clip.frames, settings.edit.window, settings.train.window = 200, (16, 4), 16
+    settings.mesh.data = 8
+    job = read_job(settings, parse_topology("v5e-8"))
+    assert (job.window, job.train_window, job.frames_per_chip) == ((16, 4), 16, 16)
+    settings.clip.frames = 12
+    with pytest.raises(InputError, match=r"edit.window is 16 frames and the clip has 12; use at most 12"):
+        read_job(settings, parse_topology("v5e-8"))
+
+
 def test_table_and_json():
     job = make_job("v5e-4", frames=24)
     report = FakeCache().get(job, "tune")

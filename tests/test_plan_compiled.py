@@ -112,6 +112,26 @@ def test_collectives_on_eight_chips(small, tmp_path, name):
 
 
 @with_libtpu
+@pytest.mark.slow
+def test_windows_on_eight_chips_need_the_memory_of_one_window(small, tmp_path):
+    """Windows are sharded over the batch axis: chips exchange nothing within a window."""
+    options = ("--topology=v5e:2x4", "--json", "--function=sample", "--config.mesh.data=8")
+    reports = [
+        json.loads(tav_plan(small, tmp_path, *options, *more).out)["functions"]["sample"]
+        for more in (
+            ("--config.edit.window=(4,2)", "--config.clip.frames=12"),
+            ("--config.edit.window=(4,2)", "--config.clip.frames=48"),
+            ("--config.clip.frames=48",),
+        )
+    ]
+    short, long, whole = (report["temporary_bytes"] for report in reports)
+    latents = 48 * 8 * 8 * 4 * 4  # bytes of the long clip; the TPU pads 4 channels to 128
+    assert long - short <= 32 * 4 * latents < whole - long
+    assert not {"all-to-all", "collective-permute"} & set(reports[1]["collectives"])
+    assert reports[1]["flops"] < reports[2]["flops"]
+
+
+@with_libtpu
 def test_a_program_that_does_not_fit_reports_how_much_it_needs(small, tmp_path):
     sizes = ("--config.clip.frames=8000", "--config.clip.height=512", "--config.clip.width=512")
     done = tav_plan(small, tmp_path, "--topology=v5e-1", "--json", "--no-search", "--function=decode", *sizes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tav_jax import config as configs
 from tav_jax.cli.settings import silence_background_tracebacks
+from tav_jax.diffusion.windows import check_length
 from tav_jax.distributed import compilation_cache, memory, processes
 from tav_jax.errors import InputError
 from tav_jax.evaluation.index import PAGE, is_foreign, update_index
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     training_run = Run.open(arguments.workdir)
     for name in training_run.config.edit:
         if (value := getattr(arguments, name, None)) is not None:
-            training_run.config.edit[name] = value
+            training_run.config.edit[name] = tuple(value) if isinstance(value, list) else value
     training_run.config = configs.validate(training_run.config)
     if arguments.mask:
         training_run.config.edit.mask = source_clip.absolute(arguments.mask)
@@ -56,7 +57,8 @@ def command_words(arguments: argparse.Namespace) -> list[str]:
         if given and name not in ("command", "settings", "prompt", "seed", "force"):
             option = f"--{name.replace('_', '-')}"
             values = value if isinstance(value, list) else [value]
-            words += [option if value is True else f"{option}={one}" for one in values]
+            repeated = [option if value is True else f"{option}={one}" for one in values]
+            words += [option, *map(str, value)] if name == "window" else repeated  # that is one option with two values
     return words
 
 
@@ -105,6 +107,7 @@ def edit(
 
     run.directory.remove_scratch()
     clip = run.load_clip(run.checkpoints.read_metadata(step).get("clip"))
+    check_length(settings.window, len(clip.frames))
     mask = editing.mask(run.config, len(clip.frames))
     tav = TuneAVideo.restore(run.directory, step=step, run=run)
     step = run.checkpoints.newest if step is None else step  # after restoring, in case training has removed it before
@@ -124,7 +127,9 @@ def edit(
     entries, restricted = {}, bool(settings.blend_words or settings.mask)
     for video, sampled, (prompt, seed, _), name in zip(videos, edits, outputs, names, strict=False):
         again = shlex.join([*command, f"--prompt={prompt}", *([] if seed is None else [f"--seed={seed}"])])
-        shown = {key: ", ".join(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+        shown = {
+            key: ", ".join(map(str, value)) if isinstance(value, tuple) else value for key, value in changed.items()
+        }
         shown |= {} if seed is None else {"seed": seed}
         entry = Entry(prompt, video, shown, again if command else "", mask=sampled.mask if restricted else None)
         entries[name.removeprefix(prefix)] = entry
@@ -189,7 +194,9 @@ def _digest(value: Any, size: int = 4) -> str:
 
 def sample_in_batches(tav: TuneAVideo, prompts: Sequence[str], options: dict[str, Any]) -> list[Edit]:
     """Sample as many prompts at a time as fit in memory. The last batch is padded, to be compiled only once."""
-    fitting = memory.prompt_batch_size(len(prompts), tav.memory_estimator.prompt_bytes(options["latents"]))
+    fitting = memory.prompt_batch_size(
+        len(prompts), tav.memory_estimator.prompt_bytes(options["latents"], options["window"])
+    )
     size = min(processes.gather("the batch size", fitting))
     edits: list[Edit] = []
     with progress_bar(-(-len(prompts) // size) * options["steps"], "sampling") as bar:

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tav_jax.diffusion.editing import Editing, two_branch
+from tav_jax.diffusion.feature_reuse import FeatureCache, reuse_features
 from tav_jax.diffusion.guidance import classifier_free_guidance, without_guidance
 from tav_jax.diffusion.inversion import FixedPointState, fixed_point_iteration
 from tav_jax.diffusion.network import unet_network
-from tav_jax.diffusion.samplers import LoopState, Sampler, run_sampler
+from tav_jax.diffusion.samplers import AfterStep, Denoiser, LoopState, Sampler, run_sampler
 from tav_jax.diffusion.schedule import Steps
+from tav_jax.diffusion.windows import Window, sliding_windows
 from tav_jax.distributed import sharding
 from tav_jax.distributed.sharding import REPLICATED, ROWS, constrain
 from tav_jax.models import VAE, ClipText, Conditioning, UNet
@@ -83,7 +85,57 @@ def call_unet(unet: UNet, latents: Any, timesteps: Any, conditioning: Conditioni
     return constrain(unet(latents, timesteps, conditioning).astype(jnp.float32), REPLICATED)
 
 
-@jax.jit(static_argnames=("sampler", "prediction", "use_guidance", "fixed_point", "trajectory"))
+def _denoiser(
+    unet: Any,
+    conditioning: Conditioning,
+    guidance: Any,
+    editing: Editing | None,
+    *,
+    use_guidance: bool,
+    window: Window | None,
+    feature_reuse: int,
+) -> tuple[Denoiser, AfterStep | None]:
+    network = unet_network(unet, return_features=feature_reuse > 1)
+    if feature_reuse > 1:
+        network = reuse_features(network, feature_reuse)
+    if window is not None:
+        network = sliding_windows(network, window)
+    if editing is not None:
+        return two_branch(network, conditioning, editing, guidance if use_guidance else None)
+    if use_guidance:
+        return classifier_free_guidance(network, conditioning, guidance), None
+    return without_guidance(network, conditioning), None
+
+
+def _constrain_state(state: Any) -> Any:
+    """Replicated, but for cached features."""
+
+    def is_cache(x: Any) -> bool:
+        return isinstance(x, FeatureCache)
+
+    return jax.tree.map(lambda x: x.constrain() if is_cache(x) else constrain(x, REPLICATED), state, is_leaf=is_cache)
+
+
+@jax.jit(static_argnames=("use_guidance", "window", "feature_reuse"))
+def empty_cache(unet: Any, state: LoopState, conditioning, steps: Steps, guidance, editing, **options: Any) -> Any:
+    """The denoiser's carry before the first step, with zeros for cached features; step 0 does not read them."""
+    denoise, _ = _denoiser(unet, conditioning, guidance, editing, **options)
+    step = jax.tree.map(lambda values: values[0], steps)
+    _, carry = jax.eval_shape(denoise, state.latents, step, state.denoiser)
+    return _constrain_state(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry))
+
+
+@jax.jit(
+    static_argnames=(
+        "sampler",
+        "prediction",
+        "use_guidance",
+        "fixed_point",
+        "trajectory",
+        "window",
+        "feature_reuse",
+    )
+)
 def denoise_loop(
     unet: Any,
     state: LoopState,
@@ -97,24 +149,22 @@ def denoise_loop(
     use_guidance: bool,
     fixed_point: bool = False,
     trajectory: bool,
+    window: Window | None = None,
+    feature_reuse: int = 1,
 ) -> tuple[LoopState, jax.Array | None]:
     """Sampling or inversion steps: the state of the loop and, with `trajectory`, the latents after each step.
 
     `unet` is a `UNet`, or a module that wraps one and has the same call. With guidance, `conditioning` has the rows
     [unconditional; conditional], twice as many as the latents; with `editing`, a row for the source before them. With
-    `fixed_point`, each step is iterated, see `inversion.py`.
+    `fixed_point`, each step is iterated, see `inversion.py`. `window` and `feature_reuse`: see `windows.py` and
+    `feature_reuse.py`.
     """
-    network, after_step = unet_network(unet), None
-    if editing is not None:
-        denoise, after_step = two_branch(network, conditioning, editing, guidance if use_guidance else None)
-    elif use_guidance:
-        denoise = classifier_free_guidance(network, conditioning, guidance)
-    else:
-        denoise = without_guidance(network, conditioning)
+    options: dict[str, Any] = {"use_guidance": use_guidance, "window": window, "feature_reuse": feature_reuse}
+    denoise, after_step = _denoiser(unet, conditioning, guidance, editing, **options)
     if fixed_point:
         denoise = fixed_point_iteration(denoise, prediction)
     result = run_sampler(sampler, denoise, state, steps, prediction, after_step=after_step, trajectory=trajectory)
-    return jax.tree.map(lambda x: constrain(x, REPLICATED), result)
+    return _constrain_state(result)
 
 
 def run_denoise_loop(
@@ -128,14 +178,17 @@ def run_denoise_loop(
     guidance: float | None = None,
     editing: Editing | None = None,
     iterations: int = 1,
+    window: Window | None = None,
+    feature_reuse: int = 1,
     trajectory: bool = False,
     chunk: int | None = None,
     report: Callable[[int], None] | None = None,
 ) -> tuple[LoopState, jax.Array | None]:
     """All steps in one call of the jitted loop or, with `chunk`, that many steps in each call. `report` is called with
     the number of steps done. Returns the state of the loop and, with `trajectory`, the latents after each step."""
+    network: dict[str, Any] = {"use_guidance": guidance is not None, "window": window, "feature_reuse": feature_reuse}
     options: dict[str, Any] = {"sampler": sampler, "prediction": prediction, "trajectory": trajectory}
-    options |= {"use_guidance": guidance is not None, "fixed_point": iterations > 1}
+    options |= {"fixed_point": iterations > 1, **network}
     scale = jnp.float32(0.0 if guidance is None else guidance)
     carry: Any = None
     if editing is not None:
@@ -143,6 +196,8 @@ def run_denoise_loop(
     elif iterations > 1:
         carry = FixedPointState.initial(iterations, len(steps.timestep))
     state, paths, done = LoopState(sampler.init(latents), carry), [], 0
+    if feature_reuse > 1:
+        state = state._replace(denoiser=empty_cache(unet, state, conditioning, steps, scale, editing, **network))
     for part in in_chunks(steps, chunk or len(steps.timestep)):
         state, path = denoise_loop(unet, state, conditioning, part, scale, editing, **options)
         paths.append(path)

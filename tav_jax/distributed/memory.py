@@ -6,7 +6,7 @@ refused cannot fit. The memory of a compiled program is known exactly (`tav plan
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from tav_jax.diffusion.windows import CONTEXT, Window, windows_at_a_time
 from tav_jax.errors import InputError, OutOfMemoryError, short_repr
 from tav_jax.kernels import MIN_KERNEL_TOKENS, attention_batch_size
 from tav_jax.models import UNetConfig, VAEConfig
@@ -51,6 +52,11 @@ class Workload(NamedTuple):
         return f"{self.name} {frames} frame{'s' * (frames > 1)} of {height}×{width}"
 
 
+def _input_shape(shape: Shape, window: int) -> Shape:
+    """The input of the UNet: the clip, or a window with its context."""
+    return shape._replace(frames=min(shape.frames, window) + CONTEXT) if window else shape
+
+
 @dataclass(frozen=True)
 class Estimator:
     """Memory estimates for one pipeline on one mesh."""
@@ -66,29 +72,35 @@ class Estimator:
         weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(unet)))
         return cls(unet.config, vae.config, weights, dtype.itemsize, mesh)
 
-    def tuning(self, latents: Any, parameters: int, *, remat: str, fsdp: bool) -> Workload:
-        """A training step of a model with this number of trained parameters."""
+    def tuning(self, latents: Any, parameters: int, *, remat: str, fsdp: bool, window: int = 0) -> Workload:
+        """A training step of a model with this number of trained parameters, on the clip or on a window of it."""
         trained = parameters // (self.mesh.size if fsdp and self.mesh else 1)
 
         def needed(shape: Shape, devices: int, remat: bool = remat != "none") -> int:
-            return self._tuning_bytes(shape, devices, trained, remat)
+            return self._tuning_bytes(_input_shape(shape, window), devices, trained, remat)
 
-        workload = self._unet_workload("tuning on", latents, needed)
+        workload = self._unet_workload("tuning on", latents, needed, window)
         if remat != "none":
             return workload
         return workload._replace(bytes_with_remat=needed(workload.shape, workload.devices, True))
 
-    def denoising(self, name: str, latents: Any, rows: int) -> Workload:
-        """A step of inversion or sampling with this number of text embeddings."""
+    def denoising(self, name: str, latents: Any, rows: int, window: Window | None = None) -> Workload:
+        """A step of inversion or sampling with this number of text embeddings, on the clip or in windows."""
+        frames = window.frames if window else 0
+        if window:
+            rows *= windows_at_a_time(rows, self._axis("data"))
 
         def needed(shape: Shape, devices: int) -> int:
-            return self.weights + self._sampling_bytes(shape, devices) * -(-rows // self._axis("data")) // 2
+            sampling = self._sampling_bytes(_input_shape(shape, frames), devices)
+            return self.weights + sampling * -(-rows // self._axis("data")) // 2
 
-        return self._unet_workload(name, latents, needed)
+        return self._unet_workload(name, latents, needed, frames)
 
-    def prompt_bytes(self, latents: Any) -> int:
+    def prompt_bytes(self, latents: Any, window: Sequence[int] = ()) -> int:
         """Bytes per device for each additional prompt of a batch."""
-        return self._sampling_bytes(self._clip_shape(latents), self._axis("frames")) // self._axis("data")
+        shape = self._clip_shape(latents)
+        frames = window[0] if window and window[0] < shape.frames else 0
+        return self._sampling_bytes(_input_shape(shape, frames), self._axis("frames")) // self._axis("data")
 
     def autoencoding(self, name: str, shape: Shape, batch_size: Callable[[int, int, int], int]) -> Workload:
         """Encoding or decoding, `batch_size(frames, height, width)` frames at a time on all devices together."""
@@ -105,8 +117,11 @@ class Estimator:
         _, frames, height, width, _ = latents.shape
         return Shape(frames, height * self.vae.downsampling, width * self.vae.downsampling)
 
-    def _unet_workload(self, name: str, latents: Any, needed: Callable[[Shape, int], int]) -> Workload:
-        return Workload(name, self._clip_shape(latents), self._axis("frames"), needed, self.vae.downsampling)
+    def _unet_workload(self, name: str, latents: Any, needed: Callable[[Shape, int], int], window: int) -> Workload:
+        shape = self._clip_shape(latents)
+        if window:
+            name, shape = f"{name} windows of", shape._replace(frames=window)
+        return Workload(name, shape, self._axis("frames"), needed, self.vae.downsampling)
 
     def _latents(self, shape: Shape, devices: int) -> tuple[int, int, int]:
         """Frames, height and width of the latents on one device."""

@@ -106,15 +106,16 @@ def map_shards(function: Callable[..., Any], *arrays: Any, specs: Sequence[P]) -
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def pad_frames(clip: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def pad_frames(clip: jax.Array, frame_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
     """Repeat the last frame of a clip until the mesh divides the number of frames. Returns the clip [B, F, …] and the
-    frame mask [F], which is False for padding; without padding, None."""
+    frame mask [F], which is False for padding and where the given one is; without padding, the given one."""
     frames = clip.shape[1]
     missing = -frames % mesh_axes().get("frames", 1)
     if not missing:
-        return constrain(clip, CLIP), None
+        return constrain(clip, CLIP), frame_mask
     padded = jnp.pad(clip, ((0, 0), (0, missing), *((0, 0),) * (clip.ndim - 2)), mode="edge")
-    return constrain(padded, CLIP), jnp.arange(frames + missing) < frames
+    mask = jnp.ones(frames, bool) if frame_mask is None else frame_mask
+    return constrain(padded, CLIP), jnp.pad(mask, (0, missing))
 
 
 def unpad_frames(clip: jax.Array, frames: int) -> jax.Array:

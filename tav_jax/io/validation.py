@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
-from tav_jax.config import RANGES, check_choice, check_size
+from tav_jax.config import RANGES, check_choice, check_size, check_window
+from tav_jax.diffusion.windows import Window, check_length
 from tav_jax.errors import InputError, short_repr
 from tav_jax.io.video import Clip, load_video
 
@@ -142,6 +143,31 @@ def share(name: str, value: float) -> None:
     """A share of the steps."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InputError(f"{name} is {value!r}; it must be from 0 (no step) to 1 (all steps)")
+
+
+def window(value: Any, clip_frames: int) -> Window | None:
+    """The windows (frames, stride) of a clip; None if there are none, or if one is the whole clip."""
+    value = () if value is None else value
+    check_window(value)
+    check_length(value, clip_frames)
+    return Window(*value) if value and value[0] < clip_frames else None
+
+
+def training_window(frames: Any, clip_frames: int) -> int:
+    """The frames of a window to train on; 0 for the whole clip."""
+    _in_range("window", frames, "train.window")
+    check_length(frames, clip_frames)
+    return frames if frames < clip_frames else 0
+
+
+def feature_reuse(interval: Any) -> None:
+    _in_range("feature_reuse", interval, "edit.feature_reuse")
+
+
+def _in_range(name: str, value: Any, setting: str) -> None:
+    low, high = RANGES[setting]
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name} is {short_repr(value)}; it must be a whole number from {low} to {high}")
 
 
 def steps(count: int) -> None:

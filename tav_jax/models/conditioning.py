@@ -14,3 +14,4 @@ class Conditioning(NamedTuple):
     text: Float[Array, "B L e"]  # text embeddings, one row for each row of the latents
     frame_mask: Bool[Array, "F"] | None = None  # False for frames that are not part of the clip; None without such
     controls: AttentionControls | None = None  # for two-branch editing
+    features: Float[Array, "B F H W c"] | None = None  # of an earlier step, see `UNet.__call__`

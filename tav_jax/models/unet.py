@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -158,10 +159,10 @@ class UpBlock(nnx.Module):
         self.resnets, self.attentions = nnx.List(resnets), nnx.List(attentions)
         self.upsamplers = nnx.List([] if last else [Upsample(cout, **layers.kw)])
 
-    def __call__(self, x, time, conditioning: Conditioning, skips, *, run, size):
-        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+    def __call__(self, x, time, conditioning: Conditioning, skips, *, run, size, layers: slice = slice(None)):
+        for i, skip in zip(range(len(self.resnets))[layers], skips, strict=True):
             x = jnp.concatenate([x, skip], axis=-1)
-            x = run(resnet, x, time, conditioning)
+            x = run(self.resnets[i], x, time, conditioning)
             if self.attentions:
                 x = run(self.attentions[i], x, conditioning)
         for upsample in self.upsamplers:
@@ -207,26 +208,40 @@ class UNet(nnx.Module):
         conditioning: Conditioning,
         *,
         remat: str | bool = "none",
-    ) -> Float[Array, "B F H W cout"]:
-        """The predicted noise (or velocity). `remat`: what is kept for the backward pass, see `models/remat.py`."""
+        return_features: bool = False,
+    ) -> Any:
+        """The predicted noise (or velocity), [B, F, H, W, cout]. `remat`: what is kept for the backward pass, see
+        `models/remat.py`.
+
+        With `return_features`, also the input of the last layer (the last resnet and transformer of the last up block).
+        If the conditioning has such `features`, of an earlier step, only `conv_in`, this layer and `conv_out` are
+        computed: the only skip connection of this layer is the output of `conv_in`.
+        """
         c, run = self.config, policy(remat)
         time = timestep_embedding(timesteps, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = self.time_embedding(time)  # [B, 4·C0]
 
         frames = latents.shape[1]
-        latents, frame_mask = pad_frames(latents)
+        latents, frame_mask = pad_frames(latents, conditioning.frame_mask)
         conditioning = conditioning._replace(frame_mask=frame_mask)
         x = self.conv_in(latents)  # [B, F, H, W, C0]
-        skips = [x]
-        for block in self.down_blocks:
-            x, outputs = run.level(block, x, time, conditioning, run=run.block)
-            skips += outputs
-        x = self.mid_block(x, time, conditioning, run=run.block)
-        for block in self.up_blocks:
-            consumed = [skips.pop() for _ in block.resnets]
-            # Up to the size of the next skip connection: twice this one, or one less where that size is odd.
-            size = skips[-1].shape[-3:-1] if skips else None
-            x = run.level(block, x, time, conditioning, consumed, run=run.block, size=size)
+        if (features := conditioning.features) is None:
+            skips = [x]
+            for block in self.down_blocks:
+                x, outputs = run.level(block, x, time, conditioning, run=run.block)
+                skips += outputs
+            x = self.mid_block(x, time, conditioning, run=run.block)
+            for i, block in enumerate(self.up_blocks, 1):
+                consumed = [skips.pop() for _ in block.resnets]
+                # Up to the size of the next skip connection: twice this one, or one less where that size is odd.
+                options = {"run": run.block, "size": skips[-1].shape[-3:-1] if skips else None}
+                if return_features and i == len(self.up_blocks):
+                    features = x = block(x, time, conditioning, consumed[:-1], layers=slice(-1), **options)
+                    consumed, options["layers"] = consumed[-1:], slice(-1, None)
+                x = run.level(block, x, time, conditioning, consumed, **options)
+        else:
+            last = {"run": run.block, "size": None, "layers": slice(-1, None)}
+            x = self.up_blocks[-1](features, time, conditioning, [x], **last)
         x = self.conv_norm_out(x, mask=group_norm_mask(frame_mask, x))
-        x = self.conv_out(nnx.silu(x))  # [B, F, H, W, out]
-        return unpad_frames(x, frames)
+        x = unpad_frames(self.conv_out(nnx.silu(x)), frames)  # [B, F, H, W, out]
+        return (x, features) if return_features else x

@@ -17,6 +17,7 @@ from tav_jax.config import check_size
 from tav_jax.diffusion import programs
 from tav_jax.diffusion.samplers import DDIM, LoopState, get_sampler
 from tav_jax.diffusion.schedule import Prediction, Steps, prompted_steps
+from tav_jax.diffusion.windows import Window, check_length, windows_at_a_time
 from tav_jax.distributed import sharding
 from tav_jax.errors import InputError, short_repr
 from tav_jax.io import diffusers_layout, weights
@@ -63,18 +64,20 @@ class Job:
     inversion_steps: int
     guidance: bool
     previews: bool
+    window: tuple[int, ...] = ()  # of sampling and inversion
+    train_window: int = 0
 
     def replace(self, **changes: Any) -> "Job":
         return replace(self, **changes)
 
     @property
     def frames_per_chip(self) -> int:
-        """Frames on the chip that has most of them."""
+        """Frames on the chip that has most of them, of the clip or of a window."""
         data, along_frames = self.mesh
         chips = self.topology.chips
         if not along_frames:
             along_frames = chips // data if data else sharding.default_mesh_shape(chips, self.frames)[1]
-        return -(-self.frames // along_frames)
+        return -(-min(self.frames, (*self.window, self.frames)[0]) // along_frames)
 
     def to_json(self) -> str:
         """Equal jobs give equal texts."""
@@ -90,6 +93,8 @@ def read_job(config: Any, topology: Topology) -> Job:
             "with --config.clip.frames"
         )
     check_size(clip.height, clip.width, model.vae.downsampling, prefix="clip.")
+    check_length(config.edit.window, clip.frames, "edit.window")
+    check_length(config.train.window, clip.frames, "train.window")
     return Job(
         model=model,
         topology=topology,
@@ -106,6 +111,8 @@ def read_job(config: Any, topology: Topology) -> Job:
         inversion_steps=config.edit.inversion_steps,
         guidance=config.edit.guidance > 1,
         previews=bool(config.train.preview_every and config.edit.prompts),
+        window=tuple(config.edit.window),
+        train_window=config.train.window,
     )
 
 
@@ -221,15 +228,19 @@ def build_program(job: Job, name: str) -> Program:
         return Program(name, function, arguments, options, context, beside, steps, job_steps, shapes.shards(batch))
 
     def denoise(count: int, guidance: bool, sampler: Any) -> Program:
-        steps, batch = programs.chunk_size(count), 2 if guidance else 1
+        steps, rows = programs.chunk_size(count), 2 if guidance else 1
+        window = Window(*job.window) if job.window and job.window[0] < job.frames else None
+        data = shapes.mesh.shape["data"] if shapes.mesh else 1
+        batch = rows * windows_at_a_time(rows, data) if window else rows
         arguments = (
             nnx.merge(graph, trained, frozen),
             LoopState(shapes.tree(jax.eval_shape(sampler.init, latents))),
-            Conditioning(shapes.array((batch, *text))),
+            Conditioning(shapes.array((rows, *text))),
             Steps(**{name: shapes.array((steps,), dtype) for name, dtype in STEPS_DTYPES.items()}),
             shapes.array(()),
         )
         options = {"sampler": sampler, "prediction": model.prediction, "use_guidance": guidance, "trajectory": False}
+        options["window"] = window
         return program(programs.denoise_loop, arguments, options, other_bytes, steps, count, batch)
 
     if name == "tune":
@@ -246,7 +257,8 @@ def build_program(job: Job, name: str) -> Program:
             shapes.array((model.train_timesteps,)),
             train_step.Hyperparameters(*(shapes.array(()) for _ in train_step.Hyperparameters._fields)),
         )
-        options = {"prediction": model.prediction, "remat": job.remat, "fsdp": job.fsdp}
+        window = job.train_window if job.train_window < job.frames else 0
+        options = {"prediction": model.prediction, "remat": job.remat, "fsdp": job.fsdp, "window": window}
         return program(train_step.tune_step, arguments, options)  # everything else is in host memory
     if name == "invert":
         return denoise(job.inversion_steps, False, DDIM())

@@ -48,6 +48,7 @@ def inversion_options(config: Any) -> dict[str, Any]:
     """Arguments of `TuneAVideo.invert`."""
     edit = config.edit
     options = {"steps": edit.inversion_steps, "prompt": edit.inversion_prompt, "iterations": edit.inversion_iterations}
+    options["window"] = edit.window
     return options | {"return_trajectory": configs.has_source_branch(edit)}
 
 
@@ -60,7 +61,7 @@ def sampling_options(config: Any, inverted: Any, mask: Any = None) -> dict[str, 
     """Arguments of `TuneAVideo.sample`, for the result of `TuneAVideo.invert` with `inversion_options`; None without an
     inversion."""
     edit = config.edit
-    names = ["steps", "sampler", "guidance", "strength", "negative_prompt"]
+    names = ["steps", "sampler", "guidance", "strength", "negative_prompt", "window", "feature_reuse"]
     options: dict[str, Any] = {}
     if inverted is not None:
         options = {"latents": inverted, "inversion_steps": edit.inversion_steps}

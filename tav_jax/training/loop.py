@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from tav_jax.diffusion.windows import check_length
 from tav_jax.distributed import processes
 from tav_jax.errors import NotFiniteError, StoppedError
 from tav_jax.io.progress import MeanLoss, counter, progress_bar
@@ -53,6 +54,9 @@ def _train(run: Run, stop: Stop) -> None:
         log(f"{run.directory} is finished: {plural(first, 'step')}{total}. Edit with {edit_command(run)}.")
         return
 
+    check_length(c.train.window, len(clip.frames), "train.window")
+    if previews:
+        check_length(c.edit.window, len(clip.frames), "edit.window")
     mask = editing.mask(c, len(clip.frames)) if previews else None
     tav = TuneAVideo.from_config(c)
     tav.source = clip
@@ -60,6 +64,7 @@ def _train(run: Run, stop: Stop) -> None:
     nonfinite.check_inputs(posterior, text, c.model.dtype)
     hyper = Hyperparameters(c.train.learning_rate, c.train.weight_decay, c.train.max_grad_norm)
     options = {"seed": c.seed, "trainable": c.train.trainable, "remat": c.train.remat, "fsdp": c.mesh.fsdp}
+    options["window"] = c.train.window
     trainer = Trainer(tav, posterior, text, hyper=hyper, **options)
     log(summary(run, trainer, clip, first))
     if first:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from tav_jax.config import TRAINABLE, UNET_PARTS
 from tav_jax.diffusion.schedule import Prediction, add_noise, training_target
+from tav_jax.diffusion.windows import input_frames, input_mask
 from tav_jax.distributed.sharding import constrain_fsdp
 from tav_jax.errors import InputError, join_names
 from tav_jax.models import Conditioning, UNet
@@ -106,6 +107,19 @@ def sample_example(
     )
 
 
+def sample_window(
+    key: Key[Array, ""], example: TrainExample, conditioning: Conditioning, frames: int
+) -> tuple[TrainExample, Conditioning]:
+    """A random window of the clip, as the input that it is when it is sampled (`diffusion/windows.py`)."""
+    clip_frames = example.latents.shape[1]
+    if not 0 < frames < clip_frames:
+        return example, conditioning
+    start = jax.random.randint(key, (), 0, clip_frames - frames + 1)
+    chosen = input_frames(start, frames)
+    window = TrainExample(example.latents[:, chosen], example.noise[:, chosen], example.timestep)
+    return window, conditioning._replace(frame_mask=input_mask(frames))
+
+
 def diffusion_loss(
     unet: UNet,
     example: TrainExample,
@@ -115,12 +129,14 @@ def diffusion_loss(
     *,
     remat: str | bool,
 ) -> Float[Array, ""]:
-    """Mean squared error of the predicted noise or velocity, in float32."""
+    """Mean squared error of the predicted noise or velocity, in float32, over the frames of the frame mask."""
     alpha = alphas_cumprod[example.timestep]
     noisy = add_noise(example.latents, example.noise, alpha)
     timesteps = jnp.broadcast_to(example.timestep, noisy.shape[:1])
     predicted = unet(noisy, timesteps, conditioning, remat=remat).astype(jnp.float32)
-    return jnp.mean((predicted - training_target(example.latents, example.noise, alpha, prediction)) ** 2)
+    squared = (predicted - training_target(example.latents, example.noise, alpha, prediction)) ** 2
+    mask = conditioning.frame_mask
+    return jnp.mean(squared, where=None if mask is None else mask[:, None, None, None])
 
 
 class StepMetrics(NamedTuple):
@@ -159,12 +175,29 @@ STATIC = ("graph", "prediction", "remat", "fsdp")
 replay_step = jax.jit(train_step, static_argnames=STATIC, donate_argnames=("state",))
 
 
-@jax.jit(static_argnames=STATIC, donate_argnames=("state",))
+@jax.jit(static_argnames=(*STATIC, "window"), donate_argnames=("state",))
 def tune_step(
-    graph, state, frozen, key, step, mean, std, conditioning, alphas_cumprod, hyper, *, prediction, remat, fsdp
+    graph,
+    state,
+    frozen,
+    key,
+    step,
+    mean,
+    std,
+    conditioning,
+    alphas_cumprod,
+    hyper,
+    *,
+    prediction,
+    remat,
+    fsdp,
+    window=0,
 ) -> tuple[TrainState, StepMetrics]:
-    """One training step. Its randomness is `fold_in(key, step)`, so that a run can continue at any step."""
-    example = sample_example(jax.random.fold_in(key, step), mean, std, alphas_cumprod.shape[0])
+    """One training step. Its randomness is `fold_in(key, step)`, so that a run can continue at any step. `window`: the
+    number of frames of a random window to train on; 0: the whole clip."""
+    key = jax.random.fold_in(key, step)
+    example = sample_example(key, mean, std, alphas_cumprod.shape[0])
+    example, conditioning = sample_window(jax.random.split(key, 4)[3], example, conditioning, window)
     options = {"prediction": prediction, "remat": remat, "fsdp": fsdp}
     return train_step(graph, state, frozen, example, conditioning, alphas_cumprod, hyper, **options)
 

@@ -38,8 +38,10 @@ class Trainer:
         trainable: Sequence[str] = TRAINABLE,
         remat: str | bool = "block",
         fsdp: bool = False,
+        window: int = 0,
     ):
-        """Start from the pipeline's weights. With `fsdp` the state is sharded over all devices."""
+        """Start from the pipeline's weights. With `fsdp` the state is sharded over all devices. `window`: the frames of
+        a random window that each step trains on; 0: all."""
         remat = remat_name(remat)
         train_step.check_trainable(tav.components.unet, trainable)
         self.tav, self.data, self.trainable, self.key = tav, data, trainable, validation.random_key(seed)
@@ -53,7 +55,9 @@ class Trainer:
             "fsdp": fsdp,
         }
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
-        self.workload = tav.memory_estimator.tuning(data[0], self.parameters, remat=remat, fsdp=fsdp)
+        self.window = validation.training_window(window, data[0].shape[1])
+        options = {"remat": remat, "fsdp": fsdp, "window": self.window}
+        self.workload = tav.memory_estimator.tuning(data[0], self.parameters, **options)
         with memory.checked(self.workload):
             self.state = sharding.device_put(TrainState.create(params), tav.mesh, fsdp=fsdp)
 
@@ -62,7 +66,8 @@ class Trainer:
         graph, frozen, data = self.graph, self.frozen, self.data
         with memory.out_of_memory_errors(self.workload), self.tav.jit_context():
             if isinstance(data, Posterior):
-                return train_step.tune_step(graph, state, frozen, self.key, jnp.int32(step), *data, **self.arguments)
+                arguments = (graph, state, frozen, self.key, jnp.int32(step), *data)
+                return train_step.tune_step(*arguments, **self.arguments, window=self.window)
             example = train_step.TrainExample(data.latents, data.noise[step][None], data.timesteps[step])
             return train_step.replay_step(graph, state, frozen, example, **self.arguments)
 
