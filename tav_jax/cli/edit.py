@@ -58,7 +58,7 @@ def command_words(arguments: argparse.Namespace) -> list[str]:
             option = f"--{name.replace('_', '-')}"
             values = value if isinstance(value, list) else [value]
             repeated = [option if value is True else f"{option}={one}" for one in values]
-            words += [option, *map(str, value)] if name == "window" else repeated  # that is one option with two values
+            words += [option, *map(str, values)] if name == "window" else repeated  # that is one option with two values
     return words
 
 
