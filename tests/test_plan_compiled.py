@@ -125,8 +125,8 @@ def test_windows_on_eight_chips_need_the_memory_of_one_window(small, tmp_path):
         )
     ]
     short, long, whole = (report["temporary_bytes"] for report in reports)
-    latents = 48 * 8 * 8 * 4 * 4  # bytes of the long clip; the TPU pads 4 channels to 128
-    assert long - short <= 32 * 4 * latents < whole - long
+    assert long <= short  # four times the frames
+    assert long < whole
     assert not {"all-to-all", "collective-permute"} & set(reports[1]["collectives"])
     assert reports[1]["flops"] < reports[2]["flops"]
 
