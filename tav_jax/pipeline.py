@@ -298,13 +298,13 @@ class TuneAVideo(Networks):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("the list of prompts is empty; give at least one (an empty string is a valid prompt)")
+        validation.fps(fps)
         validation.strength(strength, from_clip=not (latents is None and source is None))
         table, sampler = self.schedule.sampling_steps(steps, inversion_steps), get_sampler(sampler)
         source_prompt = self.tuned_prompt if source_prompt is None else source_prompt
         shares = (self_attention_steps, feature_steps, cross_attention_steps, blend_start)
-        controls = EditControls(
-            source, source_prompt, *shares, {} if equalizer is None else equalizer, blend_words, mask
-        )
+        equalizer = {} if equalizer is None else equalizer
+        controls = EditControls(source, source_prompt, *shares, equalizer, blend_words, mask)
         controls.check()
         validation.feature_reuse(feature_reuse)
         if latents is None and source is not None:
@@ -367,7 +367,7 @@ class TuneAVideo(Networks):
         nonfinite.warn_if_clipped(frames, prompt)
         return Edit(
             frames=frames,
-            fps=fps or (self.source.fps if self.source else 8.0),
+            fps=(self.source.fps if self.source else 8.0) if fps is None else fps,
             prompt=prompt,
             latents=latents[i : i + 1],
             trajectory=None if trajectory is None else trajectory[:, i : i + 1],

@@ -256,6 +256,7 @@ def test_frames_that_are_refused(sd1, frames, said):
         ({"latents": np.zeros((1, 2, 8, 8, 3), np.float32)}, r"expected \[1, frames, height, width, 4\]"),
         ({"frames": 3, "size": (30, 32)}, "height 30 is not a multiple of 4; use 28 or 32"),
         ({"frames": 0, "size": (32, 32)}, "frames is 0; at least 1"),
+        ({"frames": 3, "size": (32, 32), "fps": 0}, r"fps is 0; it must be between 0\.01 and 1000"),
         ({}, "frames= and size="),
     ],
 )

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from conftest import refusal
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from tav_jax.errors import MissingError, WeightsError
+from tav_jax.errors import InputError, MissingError, WeightsError
+from tav_jax.io import tensor_files
 from tav_jax.io.tensor_files import MAX_HEADER, iter_tensors
 
 
@@ -213,3 +215,14 @@ def test_a_pipe_is_not_opened_as_a_weight_file(tmp_path):
     (tmp_path / "vae").mkdir()
     os.mkfifo(tmp_path / "vae/model.safetensors")  # opening it would block
     assert "contains no weights" in refusal(MissingError, read_all, tmp_path / "vae")
+
+
+def test_a_file_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+    save_file({"x": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tensor_files, "safe_open", refuse)
+    with pytest.raises(InputError, match=r"model\.safetensors is not readable; change its permissions"):
+        list(tensor_files._iter_safetensors([tmp_path / "model.safetensors"]))

@@ -14,7 +14,7 @@ from etils import epath
 
 from tav_jax.errors import MissingError, WeightsError, short_repr
 from tav_jax.io import paths
-from tav_jax.io.tensor_files import load_json
+from tav_jax.io.tensor_files import load_json, unreadable
 from tav_jax.models import ClipTextConfig, UNetConfig, VAEConfig
 
 CONFIGS = {
@@ -209,6 +209,8 @@ def _similar_ids(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = load_json(path, MAX_CONFIG)
+    except PermissionError as error:
+        raise unreadable(path) from error
     except (ValueError, OSError) as error:
         cause = short_repr(str(error))
         raise WeightsError(f"{path} is not a readable JSON file ({cause}); download it again.") from error

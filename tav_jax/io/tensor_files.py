@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tav_jax.errors import MissingError, WeightsError, install_command, join_names, short_repr
+from tav_jax.errors import InputError, MissingError, WeightsError, install_command, join_names, short_repr
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 MAX_HEADER = MAX_INDEX = 10 << 20  # bytes; at most 0.1 MB in Stable Diffusion, and safetensors accepts 100 MB
@@ -102,6 +102,10 @@ def _reason(error: Exception) -> str:
     return join_names([str(error).removeprefix("Error while deserializing header: ") or type(error).__name__])
 
 
+def unreadable(file: Path) -> InputError:
+    return InputError(f"{file} is not readable; change its permissions")
+
+
 def _iter_safetensors(files: list[Path]) -> Iterator[Tensor]:
     for file in files:
         try:
@@ -113,6 +117,8 @@ def _iter_safetensors(files: list[Path]) -> Iterator[Tensor]:
                     slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
                     tensors = [(name, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()]
                 _check_header(parse_json(stream.read(length)))
+        except PermissionError as error:
+            raise unreadable(file) from error
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(
                 f"{file} is truncated or not a valid safetensors file ({_reason(error)}); download it again."
@@ -127,6 +133,8 @@ def _read_safetensor(file: Path, name: str) -> np.ndarray:
     try:
         with safe_open(file, framework="np") as handle:
             return handle.get_tensor(name)
+    except PermissionError as error:
+        raise unreadable(file) from error
     except (SafetensorError, OSError, ValueError) as error:  # for example, the file was replaced
         raise WeightsError(f"{file} could not be read ({_reason(error)}); download it again.") from error
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from tav_jax.config import RANGES, check_choice, check_size, check_window
 from tav_jax.diffusion.windows import Window, check_length
 from tav_jax.errors import InputError, short_repr
+from tav_jax.io.decoding import MAX_FPS, MIN_FPS
 from tav_jax.io.video import Clip, load_video
 
 Values = Array | np.ndarray
@@ -173,6 +174,12 @@ def _in_range(name: str, value: Any, setting: str) -> None:
 def steps(count: int) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"steps is {count!r}; it must be a whole number, 1 or more")
+
+
+def fps(value: float | None) -> None:
+    """The frame rate of edits; None for the source's."""
+    if value is not None and not (isinstance(value, int | float) and MIN_FPS <= value <= MAX_FPS):
+        raise InputError(f"fps is {value!r}; it must be between {float(MIN_FPS)} and {MAX_FPS}")
 
 
 def strength(value: float, *, from_clip: bool) -> None:
