@@ -439,10 +439,12 @@ def test_streams_accept_any_character_and_may_be_closed(tmp_path, close):
 
 
 EXPORT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from tav_jax.cli import main, terminal
 from tav_jax.io import paths
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 
 def export(arguments):
     with paths.scratch_directory(Path(sys.argv[1])) as scratch:

@@ -36,9 +36,13 @@ def load_tokenizer(directory: Path) -> Any:
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write the vocabulary of a loaded tokenizer, in the files of this and of earlier versions of transformers."""
-    backend = tokenizer.backend_tokenizer
-    backend.save(str(directory / "tokenizer.json"))
-    backend.model.save(str(directory))  # vocab.json and merges.txt
+    # The library's own writer needs a path in UTF-8.
+    text = tokenizer.backend_tokenizer.to_str(pretty=True)
+    model = json.loads(text)["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
