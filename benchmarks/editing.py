@@ -43,7 +43,7 @@ class Recipe:
 
 
 OFF = {"self_attention_steps": 0.0, "feature_steps": 0.0, "cross_attention_steps": 0.0}
-BEST = {"guidance": 7.5, "self_attention_steps": 0.5, "feature_steps": 0.6, "cross_attention_steps": 0.4}
+BEST = {"guidance": 7.5, "self_attention_steps": 0.5, "feature_steps": 0.5, "cross_attention_steps": 0.2}
 RECIPES = (
     Recipe("plain", "plain Tune-A-Video, guidance 12.5", source=False, clips=CLIPS),
     Recipe("plain-dpm20", "plain, 20 steps of dpm++2m", {"sampler": "dpm++2m", "steps": 20}, source=False, clips=CLIPS),
@@ -51,7 +51,7 @@ RECIPES = (
     Recipe("inversion-prompt", "plain, inversion with the prompt", source=False, invert_with_prompt=True),
     Recipe("fixed-point", "plain, 5 fixed-point iterations", source=False, iterations=5),
     Recipe("self-attention", "self-attention of the source, 0.5", {**OFF, "self_attention_steps": 0.5}),
-    Recipe("features", "features of the source, 0.6", {**OFF, "feature_steps": 0.6}),
+    Recipe("features", "features of the source, 0.5", {**OFF, "feature_steps": 0.5}),
     Recipe("cross-attention", "attention to shared words, 0.8", {**OFF, "cross_attention_steps": 0.8}),
     Recipe("words", "blend by words", OFF, shapes=True),
     Recipe("mask", "blend by the true mask", OFF, true_mask=True),
