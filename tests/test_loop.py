@@ -128,7 +128,7 @@ def test_previews_are_announced_and_their_paths_are_printed(tmp_path, capsys, mo
     monkeypatch.setattr(tav, "invert", steps(2))
     monkeypatch.setattr(tav, "sample", steps(2))
     monkeypatch.setattr(log, "log_preview", lambda *_: None)
-    loop.write_previews(run, tav, jnp.zeros(1), 100, log)
+    loop.write_previews(run, tav, jnp.zeros(1), None, 100, log)
     output = capsys.readouterr().out.splitlines()
     assert output == [
         "Sampling 2 previews at step 100.",

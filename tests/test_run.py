@@ -1,5 +1,6 @@
 """Training runs: continuing bit for bit, refusing changed settings, edits and previews, a run in a bucket."""
 
+import io
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from tav_jax.cli import edit
 from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
 from tav_jax.io import side_by_side, video, weights
-from tav_jax.training import checkpoint, checksums, derived, run_directory
+from tav_jax.training import checkpoint, checksums, derived, editing, run_directory
 from tav_jax.training import run as run_module
 from tav_jax.training.run import Run
 from tav_jax.training.run_directory import RunDirectory
@@ -253,7 +254,7 @@ def test_edits_from_noise_and_in_another_directory(finished_run, tmp_path):
     run = Run.open(finished_run)
     paths = edit.edit(run, ["red"], out=str(tmp_path / "out"), inversion=False, seeds=(1, 2), suffix=".gif")
     names = sorted(path.rsplit("/", 1)[1] for path in paths)
-    assert names == ["red-seed1.gif", "red-seed2.gif", "side-by-side-red-seed1-2.gif"]
+    assert names == ["index.html", "red-seed1.gif", "red-seed2.gif", "side-by-side-red-seed1-2.gif"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file is a file; give a directory"):
         edit.edit(run, ["red"], out=str(tmp_path / "file"))
@@ -344,6 +345,10 @@ class Bucket:
     def read_text(self):
         return self.read_bytes().decode()
 
+    def open(self, mode: str = "rb"):
+        assert mode == "rb"
+        return io.BytesIO(self.read_bytes())
+
     def write_bytes(self, data: bytes):
         self.objects[self.name] = bytes(data)
 
@@ -370,7 +375,8 @@ def test_run_in_a_bucket(settings, tmp_path, monkeypatch, capsys):
     edit.edit(run, ["blue"])
     assert "Reusing the inversion in gs://bucket/run/inversions/" in capsys.readouterr().out
     assert Bucket(f"{workdir}/edits/red.mp4").read_bytes()[4:8] == b"ftyp"
-    assert not any("/." in name for name in Bucket.objects)  # no scratch file was uploaded
+    hidden = [name for name in Bucket.objects if "/." in name]
+    assert hidden == [f"{workdir}/edits/.tav-edits.json"]  # the record of the page; no scratch file was uploaded
 
 
 def test_files_are_written_atomically(tmp_path):
