@@ -347,7 +347,12 @@ class Bucket:
 
     def open(self, mode: str = "rb"):
         assert mode == "rb"
+        if not self.exists():
+            raise FileNotFoundError(self.name)
         return io.BytesIO(self.read_bytes())
+
+    def is_file(self):
+        return self.exists()
 
     def write_bytes(self, data: bytes):
         self.objects[self.name] = bytes(data)
