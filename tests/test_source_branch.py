@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tav_jax import Clip, InputError, TuneAVideo, load_video
-from tav_jax.cli import main
+from tav_jax.cli import edit, main
 from tav_jax.config import equalizer_factors, get_config
 from tav_jax.diffusion import programs
 from tav_jax.io.masks import load_mask
@@ -23,8 +23,11 @@ def mask_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_edit_keeps_the_source_outside_its_mask(run_copy, mask_file, capsys, square_clip):
-    """The files, their names, the cached trajectory, and pixels outside the mask."""
+def test_an_edit_keeps_the_source_outside_its_mask(run_copy, mask_file, capsys, square_clip, monkeypatch):
+    """The files, their names, the cached trajectory, and an edit that may change nothing. (The tests' autoencoder has
+    random weights: a change of latents on one side changes all pixels.)"""
+    edits, sample = [], edit.sample_in_batches
+    monkeypatch.setattr(edit, "sample_in_batches", lambda *args: edits.extend(sample(*args)) or edits[-1:])
     options = ["edit", f"--workdir={run_copy}", "--prompt=blue square", "--mask", str(mask_file), "--blend-start=0"]
     shares = ["--self-attention-steps=0.5", "--feature-steps=0.8", "--cross-attention-steps=0.8"]
     assert (
@@ -32,16 +35,15 @@ def test_an_edit_keeps_the_source_outside_its_mask(run_copy, mask_file, capsys, 
     )
     assert "Inverted the clip in 2 steps" in capsys.readouterr().out
     compiled = programs.denoise_loop._cache_size()
-    assert main.main([*options, "--out", str(run_copy / "b")]) == 0  # other controls
+    Image.new("L", (40, 32)).save(mask_file)  # black: nothing may change
+    assert main.main([*options, "--out", str(run_copy / "b")]) == 0  # with other controls
     assert "Reusing the inversion" in capsys.readouterr().out
     assert programs.denoise_loop._cache_size() == compiled
-    [video] = [file for file in (run_copy / "b").glob("*.mp4") if file.name.startswith("blue-square-mask")]
-    edited = load_video(video).frames.astype(int)
     tav = TuneAVideo.restore(run_copy)
     source = load_video(square_clip, frames=3, size=(32, 32))
     kept = np.asarray(tav.decode_video(tav.encode_video(source)))[0] * 255
-    difference = np.abs(edited - kept).mean(axis=(0, 1, 3))  # of each column
-    assert difference[:12].max() < 3 < difference[20:].min()
+    assert np.abs(edits[1].frames - kept).max() < 1.5  # the trajectory is cached in float16
+    assert np.abs(edits[0].frames - kept).max() > 10
     page = (run_copy / "b" / "index.html").read_text()
     assert "--mask=" in page
 
@@ -58,7 +60,7 @@ def test_the_options_are_those_of_sample(run_copy, mask_file):
     again = tav.invert(clip, steps=2, prompt="red square is moving", iterations=2, return_trajectory=True)
     np.testing.assert_allclose(trajectory, again, rtol=2**-11, atol=1e-6)  # cached in float16
     mask = editing.mask(run.config, 3)
-    edit = tav.sample("blue square", **editing.sampling_options(run.config, trajectory, mask))
+    edited = tav.sample("blue square", **editing.sampling_options(run.config, trajectory, mask))
     direct = tav.sample(
         "blue square",
         source=trajectory,
@@ -66,13 +68,13 @@ def test_the_options_are_those_of_sample(run_copy, mask_file):
         steps=2,
         guidance=3.0,
         self_attention_steps=0.5,
-        feature_steps=0,
+        feature_steps=0.0,
         cross_attention_steps=0.5,
         equalizer={"blue": 2.0},
         blend_words=["square"],
         mask=mask,
     )
-    assert np.array_equal(edit.latents, direct.latents)
+    assert np.array_equal(edited.latents, direct.latents)
 
 
 REFUSED = {
