@@ -68,7 +68,7 @@ class Run:
         if config.edit.mask:
             config.edit.mask = source_clip.absolute(config.edit.mask)
         directory = RunDirectory(workdir)
-        directory.check_writable()
+        processes.run_on_primary("checking the directory", directory.check_writable)
         directory.check_shared()
         if directory.has_run and (changed := configs.differences(directory.read_config(), config)):
             raise InputError(
