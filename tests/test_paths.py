@@ -12,11 +12,13 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 from pathlib import Path
 
 import absl.logging
@@ -88,18 +90,23 @@ def test_relative_path_in_a_directory_that_was_removed(tmp_path, monkeypatch):
 
 
 def test_bucket_that_cannot_be_reached_is_refused_at_once(monkeypatch):
-    for name in paths.OTHER_ROUTES:
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv(paths.EMULATOR, raising=False)
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
     assert "cannot be read without gcsfs; `pip install" in refusal(MissingError, open_run, "gs://bucket/run")
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: name)
 
-    def no_network(address, timeout):
-        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    def fails(error):
+        def urlopen(url, timeout):
+            raise error
 
-    monkeypatch.setattr(paths.socket, "create_connection", no_network)
+        monkeypatch.setattr(paths.urllib.request, "urlopen", urlopen)
+
+    fails(urllib.error.URLError(socket.gaierror(-3, "Temporary failure in name resolution")))
     message = refusal(MissingError, open_run, "gs://bucket/run")
     assert "gs://bucket/run cannot be reached: no connection to storage.googleapis.com (temporary failure" in message
+    for answer in (urllib.error.HTTPError("", 400, "Bad Request", {}, None), urllib.error.URLError(ssl.SSLError())):
+        fails(answer)
+        paths.check_bucket("gs://bucket/run")
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "loop", "latin-1", "large", "device"])

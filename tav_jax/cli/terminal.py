@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor whose errors are recorded, not raised: a run goes on when nobody reads what it prints."""
+    """A file descriptor whose errors are recorded, not raised: a run continues when its output is not read."""
 
     error: OSError | None = None
 

@@ -10,10 +10,12 @@ import errno
 import importlib.util
 import os
 import shutil
-import socket
+import ssl
 import stat
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,7 +58,7 @@ def local_path(path: str | Path) -> Path:
 
 # Scheme → the packages of which one is needed, and the server that must be reachable.
 BUCKETS = {"gs": (("gcsfs", "tensorflow"), "storage.googleapis.com"), "s3": (("s3fs",), ""), "az": (("adlfs",), "")}
-OTHER_ROUTES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "STORAGE_EMULATOR_HOST")
+EMULATOR = "STORAGE_EMULATOR_HOST"  # environment variable of Google's client: another server
 
 
 def check_bucket(url: str) -> None:
@@ -68,13 +70,18 @@ def check_bucket(url: str) -> None:
     packages, server = BUCKETS[scheme]
     if not any(map(importlib.util.find_spec, packages)):
         raise MissingError(f"{url} cannot be read without {packages[0]}; `pip install {packages[0]}`")
-    if not server or any(map(os.environ.get, OTHER_ROUTES)):
+    if not server or os.environ.get(EMULATOR):
         return
     try:
-        socket.create_connection((server, 443), timeout=10).close()
+        urllib.request.urlopen(f"https://{server}", timeout=10).close()  # through a proxy, if one is configured
+    except urllib.error.HTTPError:  # it answers
+        pass
     except OSError as error:
+        cause = getattr(error, "reason", error)
+        if isinstance(cause, ssl.SSLError):  # it answers; the client has certificates of its own
+            return
         fix = "check the network, or give a directory of this machine"
-        raise MissingError(f"{url} cannot be reached: no connection to {server} ({reason(error)}); {fix}") from error
+        raise MissingError(f"{url} cannot be reached: no connection to {server} ({reason(cause)}); {fix}") from error
 
 
 def bucket(url: str) -> Any:

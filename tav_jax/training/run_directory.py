@@ -232,7 +232,7 @@ class RunDirectory:
 
 
 def _remove_lock_of_another_user(file: Path) -> None:
-    """Remove a lock file that cannot be opened for writing, if nobody holds it."""
+    """Remove a lock file that cannot be opened for writing, if no process holds it."""
     if not file.exists() or os.access(file, os.W_OK):
         return
     import fcntl  # such files exist on POSIX only
