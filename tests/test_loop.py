@@ -173,6 +173,7 @@ def test_file_names_tell_what_differs_from_the_config(settings):
         ({"negative_prompt": "very ugly"}, None, "-negative-prompt-very-ugly"),
         ({"negative_prompt": "very-ugly"}, None, "-negative-prompt-very-ugly-5fb16457"),
         ({"negative_prompt": "Ugly, 🎿"}, None, "-negative-prompt-ugly-87704c51"),
+        ({"mask": "/a/b/My mask.png"}, None, "-mask-my-mask.png-ae9f3d6c"),
         ({"prompts": ("red",)}, None, ""),
     ):
         suffix = edit.settings_suffix(config, {**config, **changes}, step)

@@ -22,12 +22,12 @@ REQUIRED = (
     *(name for name in environment.PACKAGES if name != "tav_jax"),
     *("safetensors", "imageio", "ml_collections", "filelock"),
 )
-# package → (what it is used for, the extra that installs it)
+# package → (what it is used for, the extra that installs it; "": the package by its name)
 OPTIONAL = {
     "torch": ("for .bin weights", "torch"),
     "tensorboardX": ("for TensorBoard logs", "tensorboard"),
     "wandb": ("for Weights & Biases logs", "wandb"),
-    "gcsfs": ("for gs:// paths", "tpu"),
+    "gcsfs": ("for gs:// paths", ""),
 }
 
 
@@ -41,7 +41,8 @@ def examine() -> Iterator[Finding]:
     for name, version in environment.versions(tuple(OPTIONAL)).items():
         use, extra = OPTIONAL[name]
         missing = version == environment.NOT_INSTALLED
-        yield Finding(True, f"{name} {version} (optional, {use})", install_command(extra) if missing else "")
+        command = install_command(extra) if extra else f"pip install {name}"
+        yield Finding(True, f"{name} {version} (optional, {use})", command * missing)
     yield from _devices()
     if importlib.util.find_spec("libtpu") and not environment.has_tpu():
         yield Finding(True, "libtpu is used by `tav plan` only, because this machine has no TPU")

@@ -177,7 +177,7 @@ def _value_text(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value).removesuffix(".0")
     text = value if isinstance(value, str) else json.dumps(value, default=list)
-    slug = re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9.+]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-")  # of a path, the file's name
     exact = re.fullmatch(r"[a-z0-9.+]+( [a-z0-9.+]+)*", text)
     return f"-{slug}" if exact else f"-{slug[:24]}-{_digest(text)}"
 

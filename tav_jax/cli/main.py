@@ -105,9 +105,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--inversion-iterations", type=int, metavar="N", help=iterations)
     window = "for long clips: sample overlapping windows of so many frames, in the memory of one; 16 4 is usual"
     edit.add_argument("--window", type=int, nargs=2, metavar=("FRAMES", "STRIDE"), help=window)
-    reuse = (
-        "compute the whole UNet only every K steps: 2 or 3 is faster, at a loss of quality (default: the config's, 1)"
-    )
+    reuse = "compute the whole UNet only every K steps: 2 is faster, at a loss of quality (default: the config's, 1)"
     edit.add_argument("--feature-reuse", type=int, metavar="K", help=reuse)
     edit.add_argument("--no-inversion", action="store_true", help="start from random noise, not from the inverted clip")
     seed = "seed of the random noise, with --no-inversion; may be repeated (default: 0)"
