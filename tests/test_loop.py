@@ -185,7 +185,7 @@ def test_file_names_tell_what_differs_from_the_config(settings):
         assert suffix.startswith("-settings-")
         assert len(suffix) == 18
         names.add(suffix)
-    assert len(names) == 10
+    assert len(names) == 11
 
 
 def test_file_names_of_several_seeds(settings):

@@ -8,8 +8,8 @@ methods, each of which is switched on for the first steps of the loop:
 - blending: outside a mask, the latents after each step are the source's. The mask is given, or found from the
   attention to words.
 
-Since the source row always uses the stored latents of the inversion (direct inversion, arXiv 2310.01506), it
-reconstructs the clip exactly.
+The source row has the latents of the inversion in every step (direct inversion, arXiv 2310.01506), so errors of its
+predictions do not accumulate.
 """
 
 import math
@@ -86,7 +86,8 @@ def two_branch(
             editing.equalizer,
             jnp.concatenate(words),
         )
-        output, cache = network(jnp.concatenate(rows), step, conditioning._replace(controls=controls), carry.network)
+        controlled = conditioning._replace(controls=controls)
+        output, cache = network(jnp.concatenate(rows), step, controlled, carry.network)
         maps: Any = output.word_maps
         carry = EditingState(carry.word_maps + maps, cache)
         edited = output.prediction[1:]
