@@ -377,15 +377,8 @@ class TuneAVideo(Networks):
 
     def noise(self, seed: Any, frames: int | None, size: tuple[int, int] | None) -> Float[Array, "1 F h w c"]:
         """Standard normal latents. Frames and size (height, width) are by default those of the source clip."""
-        if self.source is not None:
-            frames = len(self.source.frames) if frames is None else frames
-            size = self.source.frames.shape[1:3] if size is None else size
-        if frames is None or size is None:
-            raise InputError("without latents, frames= and size=(height, width) say what to sample; give both")
-        if frames < 1:
-            raise InputError(f"frames is {frames}; at least 1 is needed")
-        check_size(*size, self._downsampling)
-        height, width = (side // self._downsampling for side in size)
+        source = None if self.source is None else self.source.frames.shape
+        frames, height, width = validation.sampled_shape(frames, size, source, self._downsampling)
         return jax.random.normal(validation.random_key(seed), (1, frames, height, width, self._channels))
 
     # ------------------------------------------------------------------------------------------- internals

@@ -76,12 +76,12 @@ def test_overrides_reach_the_config_in_its_types():
 
 
 def test_help_lists_every_setting_once_with_its_default():
-    assert set(config.MEANINGS) == {name for name, _ in config.leaves(config.get_config())}
+    assert set(settings.MEANINGS) == {name for name, _ in config.leaves(config.get_config())}
     lines = settings.list_settings().splitlines()
     for name, default in config.leaves(config.get_config()):
         [line] = [line for line in lines if line.startswith(f"  {name}=")]
         assert line.startswith(f"  {name}={default!r}  ")
-        assert config.MEANINGS[name] in line
+        assert settings.MEANINGS[name] in line
     assert lines[-1] == "Configs that come with the package, as --config=NAME: car_turn, default, man_skiing, sd21"
 
 

@@ -11,6 +11,60 @@ from tav_jax.cli.other_names import read_yaml, suggest
 from tav_jax.distributed import processes
 from tav_jax.errors import InputError, MissingError, TavError, short_repr
 
+# What `tav train --help-config` prints beside the default; it adds config.CHOICES and config.RANGES.
+MEANINGS = {
+    "model.path": "a directory, a hub id or a bucket path",
+    "model.dtype": "dtype of the frozen weights and the computation; trained weights are float32",
+    "model.spatial_attention": "each frame attends to the first and the previous frame, to the first, or to itself",
+    "model.temporal_attention": "whether the temporal attention layers are used",
+    "model.kernel": "kernel of spatial attention",
+    "clip.path": "a video file or a directory of images, local or in a bucket",
+    "clip.prompt": "a description of the clip in one sentence; must be set, and may be empty",
+    "clip.frames": "number of frames; 0: all",
+    "clip.height": "in pixels, a multiple of the VAE's down-sampling factor, 8 for Stable Diffusion",
+    "clip.width": "as clip.height",
+    "clip.start": "first frame",
+    "clip.stride": "distance between frames",
+    "clip.fit": "how a clip of another aspect ratio is resized; the official code stretches",
+    "train.steps": "steps of AdamW",
+    "train.learning_rate": "learning rate of AdamW, constant",
+    "train.weight_decay": "weight decay of AdamW",
+    "train.max_grad_norm": "gradients are clipped to this global norm",
+    "train.trainable": "suffixes of the trained modules' names; with down, mid or up, only in these blocks",
+    "train.window": "frames of a random window of the clip that each step trains on; 0: all",
+    "train.remat": "rematerialization policy, in order of decreasing memory",
+    "train.checkpoint_every": "steps between checkpoints; 0: only at the end",
+    "train.keep_newest": "number of newest checkpoints to keep",
+    "train.keep_every": "checkpoints at multiples of this step are also kept; 0: none",
+    "train.preview_every": "steps between previews, which sample edit.prompts; 0: none",
+    "edit.prompts": "prompts of previews, and of `tav edit` without --prompt",
+    "edit.negative_prompt": "negative prompt of all edits",
+    "edit.steps": "sampling steps, at most edit.inversion_steps",
+    "edit.sampler": "sampler; 20 to 25 steps are usual with dpm++2m",
+    "edit.guidance": "scale of classifier-free guidance; at 1 or below only the conditional prediction is computed",
+    "edit.strength": "fraction of the sampling steps, the last ones, that use the prompt; less keeps more of the clip",
+    "edit.inversion_steps": "steps of DDIM inversion",
+    "edit.window": "(frames, stride) of overlapping windows for long clips, (16, 4) is usual; (): off",
+    "edit.feature_reuse": "compute the whole UNet every so many steps, its last layer in the others; 1: off",
+    "edit.inversion_prompt": "prompt of the inversion",
+    "edit.inversion_iterations": "fixed-point iterations of each inversion step; 1: DDIM; 3 to 5 reconstruct better",
+    "edit.self_attention_steps": "fraction of the steps, the first ones, with the source's spatial attention",
+    "edit.feature_steps": "fraction of the steps, the first ones, with the source's decoder features",
+    "edit.cross_attention_steps": "fraction of the steps, the first ones, with the source's attention to shared words",
+    "edit.equalizer": "factors on the attention to words, such as 'red=2.0', while cross_attention_steps lasts",
+    "edit.blend_words": "words of either prompt: only where they are shown may an edit change the source",
+    "edit.mask": "an image or a video, white where an edit may change the source",
+    "edit.blend_start": "fraction of the steps after which the source is kept outside of blend_words and mask",
+    "log.tensorboard": "log to TensorBoard",
+    "log.wandb": "log to the W&B project of this name",
+    "log.profile_step": "first step that JAX's profiler records; 0: off",
+    "log.profile_steps": "number of steps that it records",
+    "mesh.data": "devices that prompts and rows of guidance are sharded over; 0: chosen to use all devices",
+    "mesh.frames": "devices that the clip's frames are sharded over; 0: chosen to use all devices",
+    "mesh.fsdp": "shard trained weights and optimizer state over all devices",
+    "seed": "seed of the run",
+}
+
 
 def read_config(arguments: Sequence[str]) -> Any:
     """The validated config. absl and ml_collections parse the overrides."""
@@ -105,7 +159,7 @@ def list_settings() -> str:
     """The table of `--help-config`: every setting with its default, meaning, choices and range."""
     known = dict(config.leaves(config.get_config()))
     lines = ["Settings of `tav train` and `tav plan`, with their defaults, as --config.NAME=VALUE:", ""]
-    for name, meaning in config.MEANINGS.items():
+    for name, meaning in MEANINGS.items():
         limits = ", ".join(config.CHOICES.get(name, ())) or " to ".join(map(str, config.RANGES.get(name, ())))
         lines.append(f"  {f'{name}={known[name]!r}':40}  {meaning}{f' ({limits})' if limits else ''}")
     lines += ["", f"Configs that come with the package, as --config=NAME: {', '.join(named_configs())}"]

@@ -1,6 +1,7 @@
 """Checks of the arrays and numbers that a caller passes."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,18 @@ def mask(values: Values, latents: Array, factor: int) -> Float[Array, "1 F h w 1
     if array.shape[-2:] == large and factor > 1:
         array = array.reshape(*array.shape[:-2], height, factor, width, factor).mean(axis=(-3, -1))
     return jnp.broadcast_to(jnp.asarray(array), (frames, height, width))[None, ..., None]
+
+
+def sampled_shape(frames: Any, size: Any, source: Sequence[int] | None, factor: int) -> tuple[int, int, int]:
+    """The shape (frames, height, width) of new latents. Frames and size, in pixels, are by default the source's."""
+    if source is not None:
+        frames, size = source[0] if frames is None else frames, source[1:3] if size is None else size
+    if frames is None or size is None:
+        raise InputError("without latents, frames= and size=(height, width) say what to sample; give both")
+    if frames < 1:
+        raise InputError(f"frames is {frames}; at least 1 is needed")
+    check_size(*size, factor)
+    return frames, size[0] // factor, size[1] // factor
 
 
 def iterations(count: int) -> None:
