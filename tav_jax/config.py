@@ -4,8 +4,10 @@ A config file in `configs/` defines a `get_config()` that modifies the one here.
 anything is loaded.
 """
 
+import contextlib
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,6 +31,7 @@ SAMPLERS = {  # name → class, imported on use
 }
 
 MAX_SIDE = 8192  # pixels
+MAX_LORA_SCALE = 10  # the sign is free
 MAX_TEXT, MAX_LIST, MAX_PROBLEMS = 100_000, 10_000, 20  # characters of a string, items of a list, problems in one error
 
 
@@ -41,6 +44,9 @@ def get_config() -> "ConfigDict":
         {
             "model": {
                 "path": "CompVis/stable-diffusion-v1-4",
+                "config": "",
+                "prediction": "",
+                "lora": (),
                 "dtype": "bfloat16",
                 "spatial_attention": "sparse-causal",
                 "temporal_attention": True,
@@ -111,6 +117,7 @@ MAY_CHANGE = (
 )
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.prediction": ("", "epsilon", "v_prediction"),
     "model.dtype": DTYPES,
     "model.spatial_attention": get_args(SpatialAttention),
     "model.kernel": ("auto", *get_args(Kernel)),
@@ -142,10 +149,14 @@ RANGES = {
 # ------------------------------------------------------------------------------------------------ checks of one value
 
 
+def choice_list(setting: str) -> str:
+    return ", ".join(choice or repr(choice) for choice in CHOICES.get(setting, ()))
+
+
 def check_choice(setting: str, value: Any) -> None:
     """Refuse a value that is not one of CHOICES[setting]. The error names the Python parameter: no section."""
     if value not in CHOICES[setting]:
-        name, choices = setting.split(".")[1], ", ".join(CHOICES[setting])
+        name, choices = setting.split(".")[1], choice_list(setting)
         raise InputError(f"{name} is {short_repr(value)}; it must be one of {choices}")
 
 
@@ -214,6 +225,23 @@ def equalizer_factors(items: Iterable[str]) -> dict[str, float]:
             expected = "a word and a factor from 0 to 1000, such as 'red=2.0'"
             raise InputError(f"equalizer has {short_repr(item)}; it must be {expected}")
     return factors
+
+
+def lora_files(items: Iterable[Any]) -> list[tuple[str, float]]:
+    """(file, scale) of each LoRA, given as 'file', 'file=0.8' or ('file', 0.8)."""
+    files = []
+    for item in [items] if isinstance(items, str) else items:
+        file, scale = item if isinstance(item, tuple | list) and len(item) == 2 else (item, 1.0)
+        if isinstance(item, str) and "=" in item:
+            with contextlib.suppress(ValueError):  # "=" in the name of a file without a scale
+                scale, file = float(item.rpartition("=")[2]), item.rpartition("=")[0]
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        is_file = isinstance(file, str | os.PathLike) and str(file)
+        if not (is_file and is_number and abs(scale) <= MAX_LORA_SCALE):
+            expected = f"a file and a scale of at most {MAX_LORA_SCALE}, such as 'style.safetensors=0.8'"
+            raise InputError(f"lora has {short_repr(item)}; it must be {expected}")
+        files.append((str(file), float(scale)))
+    return files
 
 
 # --------------------------------------------------------------------------------------------- checks of a whole config
@@ -296,25 +324,27 @@ def _problems(name: str, value: Any) -> Iterator[str]:
     texts = {str: (value,), tuple: value}.get(type(value), ())
     for text in filter(lambda text: isinstance(text, str), texts):
         # A file name may contain any byte but NUL; a prompt must be valid UTF-8.
-        if "\0" in text or (not name.endswith(".path") and not is_utf8(text)):
+        is_path = name.endswith(".path") or name in ("model.config", "model.lora")
+        if "\0" in text or (not is_path and not is_utf8(text)):
             yield f"{name} is {short_repr(text)}; it must be valid UTF-8 without NUL"
         elif len(text) > MAX_TEXT:
             yield f"{name} has {len(text)} characters; it must have at most {MAX_TEXT}"
     if len(texts) > MAX_LIST:
         yield f"{name} is a list of {len(texts)}; it must have at most {MAX_LIST}"
     if name in CHOICES and value not in CHOICES[name]:
-        yield f"{name} is {short_repr(value)}; it must be one of {', '.join(CHOICES[name])}"
+        yield f"{name} is {short_repr(value)}; it must be one of {choice_list(name)}"
     if name in ("clip.height", "clip.width") and (problem := _side_problem(name, value, None)):
         yield problem
     if name in RANGES:
         minimum, maximum = RANGES[name]
         if not minimum <= value <= maximum:
             yield f"{name} is {short_repr(value)}; it must be {minimum} to {maximum}"
-    if check := {"edit.equalizer": equalizer_factors, "edit.window": check_window}.get(name):
+    checks = {"edit.equalizer": equalizer_factors, "edit.window": check_window, "model.lora": lora_files}
+    if check := checks.get(name):
         try:
             check(value)
         except InputError as error:
-            yield f"edit.{error}"
+            yield f"{name.partition('.')[0]}.{error}"
     if name == "train.max_grad_norm" and not value > 0:
         yield f"{name} is {value!r}; it must be above 0"
     if name == "train.trainable" and not set(value) - set(UNET_PARTS):

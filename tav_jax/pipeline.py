@@ -26,10 +26,11 @@ from tav_jax.distributed import memory, processes, sharding
 from tav_jax.errors import InputError
 from tav_jax.io import export, validation
 from tav_jax.io.controls import EditControls
-from tav_jax.io.diffusers_layout import Layout
 from tav_jax.io.diffusers_names import HubOptions, accept_other_names
+from tav_jax.io.lora import open_loras
 from tav_jax.io.networks import Networks
 from tav_jax.io.progress import Progress, reporter
+from tav_jax.io.single_file import open_layout
 from tav_jax.io.validation import Frames, Values
 from tav_jax.io.video import Clip, Edit
 from tav_jax.io.weights import Components
@@ -71,9 +72,12 @@ class TuneAVideo(Networks):
         kernel: str = "auto",
         trainable: Sequence[str] = TRAINABLE,
         variant: str | None = None,
+        config: str | Path = "",
+        prediction: str = "",
+        lora: Sequence[Any] = (),
         **hub: Unpack[HubOptions],
     ) -> "TuneAVideo":
-        """Load a directory in the Diffusers layout, a hub id or a bucket path.
+        """Load a directory in the Diffusers layout, a hub id, a bucket path, or a .safetensors or .ckpt file.
 
         A 2D UNet is inflated, with new temporal layers initialized from `seed`. A UNet that was tuned by this or the
         official code is loaded as it is. `dtype` is the dtype of the frozen weights and of the arithmetic; the weights
@@ -81,26 +85,24 @@ class TuneAVideo(Networks):
         devices and is chosen for a clip of `frames` frames. A `size` (height, width) that the model does not support
         is refused before weights are read. `kernel`: the implementation of spatial attention, see
         `tav_jax.kernels.attention`. `variant`: the weight files to read, such as "fp16"; by default those without a
-        variant, if there are any. `hub`: `revision`, `cache_dir`, `local_files_only`, `force_download` and `token`, as
-        in huggingface_hub. With several processes, all must make the same calls in the same order.
+        variant, if there are any. `config`, for a file: a directory or hub id with what the file does not contain; by
+        default Stable Diffusion's own configs. `prediction`: "epsilon" or "v_prediction", for a file of 2.x. `lora`:
+        LoRA files with their scales, [("file", 0.8), …], which are merged into the weights.
+        `hub`: `revision`, `cache_dir`, `local_files_only`, `force_download` and `token`, as in huggingface_hub. With
+        several processes, all must make the same calls in the same order.
         """
         dtype, seed = validation.dtype(dtype), validation.seed(seed)
         check_choice("model.spatial_attention", spatial_attention)
         processes.initialize()
         device_mesh = sharding.make_mesh(mesh, frames=frames)
-        layout = Layout.open(
-            source,
-            variant=variant,
-            hub=hub,
-            spatial_attention=spatial_attention,
-            temporal_attention=bool(temporal_attention),
-            kernel=choose_kernel(kernel, jax.default_backend()),
-        )
+        loras = open_loras(lora)
+        unet = {"spatial_attention": spatial_attention, "temporal_attention": bool(temporal_attention)}
+        unet["kernel"] = choose_kernel(kernel, jax.default_backend())
+        layout = open_layout(source, config=config, prediction=prediction, variant=variant, hub=hub, **unet)
         if size:
             check_size(*size, layout.vae.downsampling)
         NoiseSchedule.from_config(layout.configs["scheduler"])  # invalid ones are refused before the weights are loaded
-        in_float32 = trainable_filter(trainable)
-        options = {"float32_filter": in_float32, "seed": seed, "variant": variant}
+        options = {"float32_filter": trainable_filter(trainable), "seed": seed, "variant": variant, "loras": loras}
         components = Components.load(layout, jnp.dtype(dtype), **options)
         processes.check_same({f"the fingerprint of {source}": components.fingerprint})
         return cls(components, dtype, device_mesh)
@@ -108,7 +110,7 @@ class TuneAVideo(Networks):
     @classmethod
     def from_config(cls, config: Any) -> "TuneAVideo":
         """Load the pipeline that a run's config names."""
-        options = {k: config.model[k] for k in ("dtype", "spatial_attention", "temporal_attention", "kernel")}
+        options = {name: value for name, value in config.model.items() if name != "path"}
         return cls.from_pretrained(
             config.model.path,
             mesh=(config.mesh.data, config.mesh.frames),

@@ -1,6 +1,7 @@
 """Fuzzing: thousands of damaged or invalid files, until a time limit.
 
 python tests/fuzz.py weights --minutes=1
+python tests/fuzz.py files --minutes=1
 python tests/fuzz.py video --minutes=1
 python tests/fuzz.py video --seed=4711 --count=1 --keep=found
 
@@ -195,6 +196,49 @@ def read_weights(directory: Path) -> None:
             assert tensor.read().shape == tensor.shape
 
 
+# ------------------------------------------------------------------------------------------- single files and LoRA
+
+
+def write_file(rng: np.random.Generator, directory: Path) -> None:
+    """Write a damaged or mislabelled single file, or such a LoRA file."""
+    from original_layout import original_tensors
+    from safetensors.numpy import save_file
+
+    file = directory / "model.safetensors"
+    if rng.random() < 0.5:
+        save_file(original_tensors(REFERENCE / "sd1" / "model"), file)
+    else:
+        layer, tensors = "unet.mid_block.attentions.0.transformer_blocks.0.attn{}.to_{}", {}
+        for name in (layer.format(i, kind) for i in (1, 2) for kind in "qkv"):
+            tensors[f"{name}.lora_A.weight"] = rng.normal(size=(3, 24 if "2.to_" in name else 32)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = np.ones((32, 3), np.float16)
+            tensors[f"{name}.alpha"] = np.ones((), np.float32)
+        save_file(tensors, file, {"lora_adapter_metadata": '{"unet.lora_alpha": 3}'})
+    match rng.integers(3):
+        case 0:
+            _corrupt_header(rng, file)
+        case 1:
+            file.write_bytes(corrupt_bytes(file.read_bytes(), rng))
+        case 2:
+            _corrupt_pickle(rng, directory)
+            (directory / "pytorch_model.bin").rename(file)
+    file.rename(directory / str(rng.choice(["model.safetensors", "model.ckpt"], p=[0.4, 0.6])))
+
+
+def read_file(directory: Path) -> None:
+    """Load the file, as a model or a LoRA for one."""
+    from tav_jax.io import lora, single_file, weights
+    from tav_jax.io.tensor_files import iter_file
+
+    (file,) = directory.glob("model.*")
+    model = REFERENCE / "sd1" / "model"
+    if any("lora_" in tensor.name for tensor in iter_file(file)):
+        layout, loras = single_file.open_layout(model), lora.open_loras([file])
+    else:
+        layout, loras = single_file.open_layout(file, config=model), []
+    weights.Components.load(layout, np.float32, float32_filter=lambda path, value: True, loras=loras)
+
+
 # ----------------------------------------------------------------------------------------------------------- video
 
 
@@ -274,7 +318,11 @@ def read_video(directory: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the fuzzer
 
-TARGETS = {"weights": (write_weights, read_weights), "video": (write_video, read_video)}
+TARGETS = {
+    "weights": (write_weights, read_weights),
+    "files": (write_file, read_file),
+    "video": (write_video, read_video),
+}
 
 
 def _try_input(target: str, seed: int, keep: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""Install what tests compare with: CPU torch and diffusers, and beside them the TPU's compiler.
+"""Install what tests compare with: CPU torch, diffusers and PEFT, and beside them the TPU's compiler.
 
 On Linux a plain `torch` is the CUDA build with gigabytes of companions, so pip is asked first which build it would
 take. Where it is not a CPU build, nothing is installed: the tests that need it skip and say so, and the stored numbers
@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 
-TORCH, DIFFUSERS = "torch==2.13.0", "diffusers>=0.40,<0.50"
+TORCH, DIFFUSERS, PEFT = "torch==2.13.0", "diffusers>=0.40,<0.50", "peft>=0.19,<0.30"
 LIBTPU, FOLDER = "libtpu>=0.0.40,<0.1", "tpu-compiler"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
@@ -48,7 +48,7 @@ def install_torch() -> None:
             f"No CPU build of {TORCH} for Python {platform.python_version()} here: the tests against torch will skip."
         )
         return
-    subprocess.run([*PIP, "install", "--quiet", TORCH, DIFFUSERS], check=True)
+    subprocess.run([*PIP, "install", "--quiet", TORCH, DIFFUSERS, PEFT], check=True)
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ def autoencoder(model) -> VAE:
     """The smallest network of a pipeline, with its weights."""
     layout = Layout.open(model)
     vae = weights.abstract(VAE, layout.vae, jnp.float32)
-    weights.fill(vae, model, "vae", lambda path: jnp.float32)
+    weights.fill(vae, weights.Source(layout), "vae", lambda path: jnp.float32)
     return vae
 
 

@@ -34,7 +34,9 @@ OFFICIAL_NAMES = {
 }
 # Other words for settings, for suggestions. The section in front of them does not matter.
 OTHER_WORDS = {
-    "model.path": "name model id base pretrained pretrained_model_name_or_path checkpoint weights",
+    "model.path": "name model id base pretrained pretrained_model_name_or_path checkpoint weights ckpt single_file",
+    "model.lora": "loras lora_path lora_weights adapter adapters",
+    "model.prediction": "prediction_type",
     "model.dtype": "precision",
     "clip.path": "video clip file data source",
     "clip.prompt": "caption text",

@@ -13,7 +13,10 @@ from tav_jax.errors import InputError, MissingError, TavError, short_repr
 
 # What `tav train --help-config` prints beside the default; it adds config.CHOICES and config.RANGES.
 MEANINGS = {
-    "model.path": "a directory, a hub id or a bucket path",
+    "model.path": "a directory, a hub id, a bucket path, or a .safetensors or .ckpt file",
+    "model.config": "directory or hub id with what such a file does not contain; by default Stable Diffusion's configs",
+    "model.prediction": "what the UNet predicts; needed for a file of Stable Diffusion 2.x",
+    "model.lora": "LoRA files with their scales, such as 'style.safetensors=0.8'",
     "model.dtype": "dtype of the frozen weights and the computation; trained weights are float32",
     "model.spatial_attention": "each frame attends to the first and the previous frame, to the first, or to itself",
     "model.temporal_attention": "whether the temporal attention layers are used",
@@ -160,7 +163,7 @@ def list_settings() -> str:
     known = dict(config.leaves(config.get_config()))
     lines = ["Settings of `tav train` and `tav plan`, with their defaults, as --config.NAME=VALUE:", ""]
     for name, meaning in MEANINGS.items():
-        limits = ", ".join(config.CHOICES.get(name, ())) or " to ".join(map(str, config.RANGES.get(name, ())))
+        limits = config.choice_list(name) or " to ".join(map(str, config.RANGES.get(name, ())))
         lines.append(f"  {f'{name}={known[name]!r}':40}  {meaning}{f' ({limits})' if limits else ''}")
     lines += ["", f"Configs that come with the package, as --config=NAME: {', '.join(named_configs())}"]
     return "\n".join(lines)

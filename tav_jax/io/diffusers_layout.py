@@ -5,7 +5,7 @@ A pipeline is a directory with one subdirectory and config for each component. `
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ CONFIGS = {
 MAX_LEVELS, MAX_LAYERS, MAX_TEXT_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 8, 8, 64, 16384, 1_000_000
 NORM_EPSILONS = (1e-12, 0.1)  # minimum and maximum
 MAX_CONFIG = 1 << 20  # bytes
+BUCKET_CONFIGS = ("model_index.json", "tokenizer/*", *(f"{part}/{file}" for part, file in CONFIGS.items()))
 BUCKET_FILES = ("model_index.json", *(f"{part}/*" for part in CONFIGS))
 # A hub repository often has the same weights in several formats. The first pair of patterns (allowed, ignored) by which
 # every component has weights is used.
@@ -64,15 +65,22 @@ class Layout:
     unet: UNetConfig
     vae: VAEConfig
     text_encoder: ClipTextConfig
-    source: str = ""  # the hub id, the bucket path, or the name of the directory
+    source: str = ""  # the hub id, the bucket path, or the name of the directory or file
+    file: Path | None = None  # of all weights, if they are not in the directory: see `single_file.py`
 
     @classmethod
     def open(
-        cls, source: str | Path, *, variant: str | None = None, hub: Mapping[str, Any] | None = None, **unet_options
+        cls,
+        source: str | Path,
+        *,
+        variant: str | None = None,
+        hub: Mapping[str, Any] | None = None,
+        with_weights: bool = True,
+        **unet_options,
     ) -> "Layout":
         """Download a bucket path or hub id, and check the whole directory before any tensor is read. `variant` and
-        `hub` (options of `snapshot_download`) are for hub ids."""
-        root = _local_directory(source, variant, hub or {})
+        `hub` (options of `snapshot_download`) are for hub ids. Without weights, only the rest is downloaded."""
+        root = _local_directory(source, variant, hub or {}, with_weights)
         paths.check_readable(root, *(root / part for part in CONFIGS))
         _refuse_links(root)
         index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
@@ -87,6 +95,12 @@ class Layout:
         if missing:
             raise MissingError(f"{root} has no {', no '.join(missing)}: the pipeline is incomplete. {SOURCE_HELP}")
         configs = {part: read_json(root / part / file) for part, file in CONFIGS.items()}
+        name = root.resolve().name if Path(source).expanduser() == root else str(source)
+        return cls.of_configs(root, configs, name, **unet_options)
+
+    @classmethod
+    def of_configs(cls, root: Path, configs: dict[str, dict[str, Any]], source: str, **unet_options) -> "Layout":
+        """Check the configs of the components. `root` is the directory of the tokenizer, and named in errors."""
         unet = unet_config(configs["unet"], root / "unet/config.json", **unet_options)
         vae = vae_config(configs["vae"], root / "vae/config.json")
         text = text_config(configs["text_encoder"], root / "text_encoder/config.json")
@@ -95,8 +109,7 @@ class Layout:
                 f"{root}: the text encoder's hidden_size is {text.hidden_size} and the UNet's cross_attention_dim is "
                 f"{unet.cross_attention_dim}; they are from different pipelines. Use both from the same one."
             )
-        name = root.resolve().name if Path(source).expanduser() == root else str(source)
-        return cls(root, configs, unet, vae, text, name)
+        return cls(root, configs, unet, vae, text, source)
 
 
 def _refuse_links(root: Path) -> None:
@@ -117,28 +130,30 @@ def _refuse_links(root: Path) -> None:
             )
 
 
-def _local_directory(source: str | Path, variant: str | None, hub: Mapping[str, Any]) -> Path:
+def _local_directory(source: str | Path, variant: str | None, hub: Mapping[str, Any], with_weights: bool) -> Path:
     """The pipeline's directory on this machine, downloaded if `source` is a bucket path or a hub id."""
     name = str(source)
     if "://" in name:
         paths.check_bucket(name)
-        return _from_bucket(epath.Path(name))
+        return _from_bucket(epath.Path(name), BUCKET_FILES if with_weights else BUCKET_CONFIGS)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise WeightsError(f"{path} is a file; a pipeline is a directory. {SOURCE_HELP}")
+        raise WeightsError(
+            f"{path} is a file; a pipeline is a directory, or a .safetensors or .ckpt file. {SOURCE_HELP}"
+        )
     # A hub id is `owner/name`.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise MissingError(f"{path} does not exist. {SOURCE_HELP}")
-    return _from_hub(name, variant, hub)
+    return _from_hub(name, variant, hub) if with_weights else hub_files(name, HUB_CONFIGS, hub)
 
 
-def _from_bucket(root: epath.Path) -> Path:
+def _from_bucket(root: epath.Path, patterns: Sequence[str]) -> Path:
     if not (root / "unet").is_dir():
         raise MissingError(f"{root} has no unet/ directory, or cannot be read from this machine. {SOURCE_HELP}")
     local = paths.temporary_directory()
-    for pattern in BUCKET_FILES:
+    for pattern in patterns:
         for file in root.glob(pattern):
             relative = Path(str(file)[len(str(root)) :].lstrip("/"))
             if ".." in relative.parts:  # bucket object names may contain it
@@ -149,18 +164,23 @@ def _from_bucket(root: epath.Path) -> Path:
 
 
 def _from_hub(name: str, variant: str | None, hub: Mapping[str, Any]) -> Path:
-    import huggingface_hub  # slow to import
-
     of_variant = tuple((f"*/*.{variant}*{suffix}", []) for suffix in (".safetensors", ".bin"))
     skipped = HUB_IGNORED[:2] if variant else HUB_IGNORED
     root = Path()
+    for allowed, ignored in of_variant if variant else HUB_WEIGHTS:
+        root = hub_files(name, (*HUB_CONFIGS, allowed), hub, [*skipped, *ignored])
+        if all(any((root / part).glob(allowed.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
+            break
+    return root
+
+
+def hub_files(name: str, allowed: Sequence[str], hub: Mapping[str, Any], ignored: Sequence[str] = HUB_IGNORED) -> Path:
+    """The directory of a hub repository's files, downloaded unless they are there."""
+    import huggingface_hub  # slow to import
+
+    patterns = {"allow_patterns": list(allowed), "ignore_patterns": list(ignored)}
     try:
-        for allowed, ignored in of_variant if variant else HUB_WEIGHTS:
-            patterns = {"allow_patterns": [*HUB_CONFIGS, allowed], "ignore_patterns": [*skipped, *ignored]}
-            root = Path(huggingface_hub.snapshot_download(name, **patterns, **hub))
-            if all(any((root / part).glob(allowed.split("/")[1])) for part in ("unet", "vae", "text_encoder")):
-                break
-        return root
+        return Path(huggingface_hub.snapshot_download(name, **patterns, **hub))
     except Exception as error:  # the hub client raises many types
         raise MissingError(f"{name!r} {_hub_problem(name, error)}") from error
 

@@ -1,7 +1,8 @@
-"""The tensors of one pipeline component, one at a time, from any of the file formats in use.
+"""The tensors of one pipeline component or one file, one at a time, from any of the file formats in use.
 
-Formats: safetensors, sharded safetensors with an index, their `.fp16.` variants, and `.bin` files through torch's
-`weights_only` loader, which executes no code. The header of a file is validated before any of its tensors is read.
+Formats: safetensors, sharded safetensors with an index, their `.fp16.` variants, and files of `torch.save` (`.bin`,
+`.ckpt`) through torch's `weights_only` loader, which executes no code. The header of a file is validated before any of
+its tensors is read.
 """
 
 import json
@@ -22,6 +23,9 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 MAX_HEADER = MAX_INDEX = 10 << 20  # bytes; at most 0.1 MB in Stable Diffusion, and safetensors accepts 100 MB
 MAX_DIMENSIONS, MAX_ELEMENTS = 8, 2**48
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # allowed for weights
+MAX_MAPPED = 128 << 20  # bytes that are read from a torch file before it is mapped anew
+# The checkpoints of Stable Diffusion 1.4 contain the name of this class. It is not imported.
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class Tensor(NamedTuple):
@@ -31,12 +35,13 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # in the notation of safetensors
     read: Callable[[], np.ndarray]
+    origin: str = ""  # its name in the file, if `name` is another
 
 
 def iter_tensors(directory: Path, variant: str | None = None) -> Iterator[Tensor]:
     """All tensors of a component. Without a `variant`, full precision is preferred to `.fp16.`, and safetensors to
     `.bin`."""
-    for suffix, reader in ((".safetensors", _iter_safetensors), (".bin", _iter_bin)):
+    for suffix, reader in ((".safetensors", _iter_safetensors), (".bin", _iter_torch)):
         for middle in (f".{variant}",) if variant else ("", ".fp16"):
             for stem in STEMS:
                 single = directory / f"{stem}{middle}{suffix}"
@@ -153,34 +158,94 @@ def _check_header(header: dict[str, Any]) -> None:
             raise ValueError(f"the shape {entry['shape']} is too large for tensor {short_repr(name)}")
 
 
-def _iter_bin(files: list[Path]) -> Iterator[Tensor]:
+def iter_file(file: Path) -> Iterator[Tensor]:
+    """All tensors of one file. Its first bytes decide the format: `.ckpt` files may be safetensors."""
     try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MissingError(
-            f"{files[0]} is a torch file and torch is not installed. Use the safetensors files of the same model, or "
-            f"`{install_command('torch')}`."
-        ) from error
+        with file.open("rb") as stream:
+            head = stream.read(9)
+    except PermissionError as error:
+        raise unreadable(file) from error
+    is_safetensors = head[8:] == b"{"
+    if not is_safetensors and head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive or a bare pickle
+        if file.suffix == ".safetensors":
+            raise WeightsError(
+                f"{file} is named .safetensors and is a file of torch.save, which was not read. Download the "
+                "safetensors file, or rename it to .ckpt."
+            )
+        return _iter_torch([file])
+    if file.suffix != ".safetensors" and not is_safetensors:
+        raise WeightsError(
+            f"{file} is neither a safetensors file nor one of torch.save (it begins with {head[:8]!r}); download it "
+            "again."
+        )
+    return _iter_safetensors([file])
 
-    def as_numpy(value) -> np.ndarray:
-        if value.dtype == torch.bfloat16:  # which torch does not convert
-            return value.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return value.numpy()
 
-    def is_dense(value) -> bool:
-        return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+def metadata(file: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file that `iter_file` has read; of another file, none."""
+    try:
+        with safe_open(file, framework="np") as handle:
+            return handle.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
-    dtypes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+def _iter_torch(files: list[Path]) -> Iterator[Tensor]:
     for file in files:
+        weights = _TorchFile(file)
+        for name, (shape, dtype) in weights.entries.items():
+            yield Tensor(name, shape, dtype, partial(weights.read, name))
+
+
+class _TorchFile:
+    """A file of `torch.save`. It is mapped into memory, so that only the tensors that are read take memory."""
+
+    def __init__(self, file: Path):
         try:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+            import torch  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise MissingError(
+                f"{file} is a torch file and torch is not installed. Use the safetensors files of the same model, or "
+                f"`{install_command('torch')}`."
+            ) from error
+        dtypes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        self.file, self.torch = file, torch
+        self.table, self.bytes_read = self._load(), 0
+        self.entries = {n: (tuple(x.shape), dtypes.get(x.dtype, str(x.dtype))) for n, x in self.table.items()}
+
+    def _load(self) -> dict[str, Any]:
+        torch = self.torch
+        options = {"map_location": "cpu", "weights_only": True}
+        try:
+            with torch.serialization.safe_globals([(object, CALLBACK)]), self.file.open("rb") as stream:
+                # Only archives can be mapped; files of torch before 1.6 are none.
+                weights = torch.load(self.file, mmap=stream.read(2) == b"PK", **options)
+        except PermissionError as error:
+            raise unreadable(self.file) from error
         except Exception as error:  # an unpickling, zip or end-of-file error
             raise WeightsError(
-                f"{file} is damaged, or a pickle of other objects than tensors; it was not executed. Use the "
+                f"{self.file} is damaged, or a pickle of other objects than tensors; it was not executed. Use the "
                 "safetensors files of the same model."
             ) from error
-        if not isinstance(weights, dict) or not all(isinstance(k, str) and is_dense(v) for k, v in weights.items()):
-            raise WeightsError(f"{file} is not a table of named tensors; use the safetensors files of the same model.")
-        for name, value in weights.items():
-            dtype = dtypes.get(value.dtype, str(value.dtype))
-            yield Tensor(name, tuple(value.shape), dtype, lambda value=value: as_numpy(value.detach()))
+        if isinstance(weights, dict) and "string_to_param" in weights:
+            raise WeightsError(f"{self.file} is a textual inversion embedding, which is not supported; give a model.")
+        if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):  # of PyTorch Lightning
+            weights = weights["state_dict"]
+        if not isinstance(weights, dict) or not all(isinstance(k, str) and self._dense(v) for k, v in weights.items()):
+            raise WeightsError(
+                f"{self.file} is not a table of named tensors; use the safetensors files of the same model."
+            )
+        return weights
+
+    def _dense(self, value: Any) -> bool:
+        torch = self.torch
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+    def read(self, name: str) -> np.ndarray:
+        if self.bytes_read > MAX_MAPPED:  # a mapping keeps every page that was read resident
+            self.table, self.bytes_read = self._load(), 0
+        value = self.table[name].detach()
+        self.bytes_read += value.nbytes
+        if value.dtype == self.torch.bfloat16:  # which torch does not convert
+            return value.contiguous().view(self.torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
+        return value.numpy().copy()

@@ -8,8 +8,8 @@ import functools
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +20,9 @@ from flax import nnx
 
 from tav_jax.distributed import memory
 from tav_jax.errors import OutOfMemoryError, WeightsError, join_names
+from tav_jax.io import lora, single_file
 from tav_jax.io.diffusers_layout import Layout
-from tav_jax.io.tensor_files import FLOAT_DTYPES, iter_tensors
+from tav_jax.io.tensor_files import FLOAT_DTYPES, Tensor, iter_tensors
 from tav_jax.models import VAE, ClipText, UNet
 
 # The VAE's attention layers: current name → deprecated name.
@@ -143,7 +144,14 @@ class Components:
 
     @classmethod
     def load(
-        cls, layout: Layout, dtype, *, float32_filter: Callable[..., bool], seed: int = 0, variant: str | None = None
+        cls,
+        layout: Layout,
+        dtype,
+        *,
+        float32_filter: Callable[..., bool],
+        seed: int = 0,
+        variant: str | None = None,
+        loras: Sequence[lora.Lora] = (),
     ) -> "Components":
         """Load all components in `dtype`, and the weights of the UNet that `float32_filter` selects in float32."""
         unet, vae = abstract(UNet, layout.unet, dtype), abstract(VAE, layout.vae, dtype)
@@ -151,76 +159,123 @@ class Components:
         size = sum(x.size for x in jax.tree.leaves((unet, vae, text_encoder))) * jnp.dtype(dtype).itemsize
         if (capacity := memory.capacity()) is not None and size > capacity:
             raise OutOfMemoryError(
-                f"the weights of {layout.root} take {size / 2**30:.1f} GiB in {jnp.dtype(dtype)} and a device has "
-                f"{capacity / 2**30:.1f}; use a smaller dtype, a smaller model or a machine with more memory"
+                f"the weights of {layout.file or layout.root} take {size / 2**30:.1f} GiB in {jnp.dtype(dtype)} and a "
+                f"device has {capacity / 2**30:.1f}; use a smaller dtype, a smaller model or a machine with more memory"
             )
 
         def unet_dtype(path: str) -> Any:
             return jnp.float32 if float32_filter(path.split("."), None) else dtype
 
-        digests = fill(unet, layout.root, "unet", unet_dtype, seed, variant=variant)
-        vae_digests = fill(vae, layout.root, "vae", lambda path: dtype, variant=variant)
-        digests |= vae_digests | fill(text_encoder, layout.root, "text_encoder", lambda path: dtype, variant=variant)
+        shapes = {
+            (part, name): shape
+            for part, module in (("unet", unet), ("text_encoder", text_encoder))
+            for name, shape in torch_shapes(module, part).items()
+        }
+        source = Source(layout, variant, lora.match(loras, shapes, layout.unet))
+        digests = fill(unet, source, "unet", unet_dtype, seed)
+        vae_digests = fill(vae, source, "vae", lambda path: dtype)
+        digests |= vae_digests | fill(text_encoder, source, "text_encoder", lambda path: dtype)
         old_vae_names = any(name.endswith(".proj_attn.weight") for name in vae_digests)
         lines = "".join(f"{name} {digests[name]} " for name in sorted(digests))
         fingerprint = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
         return cls(layout, unet, vae, text_encoder, old_vae_names, fingerprint)
 
 
+def torch_shapes(module: nnx.Module, part: str) -> dict[str, tuple[int, ...]]:
+    """Diffusers' names of the kernels that a 2D pipeline has → their shapes in torch."""
+    shapes = {path: variable.shape for path, variable in flat(nnx.state(module)).items() if path.endswith(".kernel")}
+    shapes = {path: to_torch(np.broadcast_to(0.0, shape), path).shape for path, shape in shapes.items()}
+    return {diffusers_name(part, path): s for path, s in shapes.items() if not TEMPORAL.fullmatch(path)}
+
+
+def diffusers_name(part: str, path: str) -> str:
+    name = translate(TO_DIFFUSERS[part], path)
+    assert name is not None, f"TO_DIFFUSERS has no row for {part} {path}"
+    return name
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the tensors of a pipeline are: in a directory or a single file, with LoRA updates for some of them."""
+
+    layout: Layout
+    variant: str | None = None
+    updates: Mapping[tuple[str, str], Sequence[lora.Update]] = field(default_factory=dict)
+
+    def tensors(self, part: str, names: Sequence[str]) -> Iterator[Tensor]:
+        if self.layout.file is None:
+            return iter_tensors(self.layout.root / part, self.variant)
+        return single_file.iter_component(self.layout, part, names)
+
+    def problem(self, part: str, problems: Mapping[str, list[str]]) -> WeightsError:
+        listed = "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in problems.items() if names)
+        if self.layout.file is None:
+            return WeightsError(
+                f"{self.place(part)}: the tensors do not match config.json: {listed}. Weights and config must be from "
+                "the same model: download the component again."
+            )
+        return WeightsError(
+            f"{self.layout.file}: the tensors do not match the {single_file.PARTS[part]} of the config: {listed}. "
+            "Download the file again, or give the config of this model (config: model.config)."
+        )
+
+    def place(self, part: str) -> Path:
+        return self.layout.file or self.layout.root / part
+
+    def names(self, part: str, paths: Sequence[str]) -> list[str]:
+        """The names in the file of the tensors that it lacks."""
+        names = [diffusers_name(part, path) for path in paths]
+        return names if self.layout.file is None else single_file.names_in_file(self.layout, part, names)
+
+
 def fill(
-    module: nnx.Module,
-    root: Path,
-    part: str,
-    dtype_of: Callable[[str], Any],
-    seed: int = 0,
-    *,
-    variant: str | None = None,
+    module: nnx.Module, source: Source, part: str, dtype_of: Callable[[str], Any], seed: int = 0
 ) -> dict[str, str]:
-    """Load the tensors of `root/part` into an abstract module, and initialize the temporal layers of a 2D UNet.
+    """Load the tensors of a component into an abstract module, and initialize the temporal layers of a 2D UNet.
 
     Returns the digest of each tensor by its name in the file.
     """
     state = nnx.state(module)
     variables = flat(state)
+    names = {path: diffusers_name(part, path) for path in variables}
     unexpected, wrong_shape, wrong_dtype, found = [], [], [], {}
-    for tensor in iter_tensors(root / part, variant):
+    for tensor in source.tensors(part, list(names.values())):
         if part in IGNORED and re.fullmatch(IGNORED[part], tensor.name):
             continue
-        path = translate(FROM_DIFFUSERS[part], tensor.name)
+        path, name = translate(FROM_DIFFUSERS[part], tensor.name), tensor.origin or tensor.name
         if path not in variables or path in found:
-            unexpected.append(tensor.name)
+            unexpected.append(name)
             continue
         found[path] = tensor
         if tensor.shape != (expected := to_torch(np.broadcast_to(0.0, variables[path].shape), path).shape):
-            wrong_shape.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
+            wrong_shape.append(f"{name} is {list(tensor.shape)}, expected {list(expected)}")
         elif tensor.dtype not in FLOAT_DTYPES:
-            wrong_dtype.append(f"{tensor.name} is {tensor.dtype}, expected {' or '.join(FLOAT_DTYPES)}")
+            wrong_dtype.append(f"{name} is {tensor.dtype}, expected {' or '.join(FLOAT_DTYPES)}")
     missing = [path for path in variables if path not in found]
     if part == "unet" and not any(TEMPORAL.fullmatch(path) for path in found):  # a 2D UNet
         missing = [path for path in missing if not TEMPORAL.fullmatch(path)]
     problems = {
-        "missing": [translate(TO_DIFFUSERS[part], path) or path for path in missing],
+        "missing": source.names(part, missing),
         "unexpected": unexpected,
         "of a wrong shape": wrong_shape,
         "of a wrong dtype": wrong_dtype,
     }
     if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in problems.items() if names)
-        raise WeightsError(
-            f"{root / part}: the tensors do not match config.json: {listed}. Weights and config must be from the same "
-            "model: download the component again."
-        )
+        raise source.problem(part, problems)
 
     digests = {}
     for path, tensor in found.items():
         dtype, raw = dtype_of(path), np.ascontiguousarray(tensor.read())
-        digests[tensor.name] = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
+        digest = hashlib.blake2b(raw.view(np.uint8).data, digest_size=16)
+        if updates := source.updates.get((part, names[path])):
+            raw = lora.merge(raw, updates, digest)
+        digests[tensor.name] = digest.hexdigest()
         # Waiting for each tensor bounds memory: the transfer is asynchronous, and the raw arrays would accumulate.
         array = jax.block_until_ready(from_torch(raw, path, dtype))
         if array is None:
             raise WeightsError(
-                f"{root / part}: {tensor.name} has values that are NaN, infinite or too large for "
-                f"{jnp.dtype(dtype)}; download the component again, or use dtype float32."
+                f"{source.place(part)}: {tensor.origin or tensor.name} has values that are NaN, infinite or too large "
+                f"for {jnp.dtype(dtype)}; download the component again, or use dtype float32."
             )
         variables[path].set_value(array)
     new = {path: variable for path, variable in variables.items() if path not in found}
@@ -260,8 +315,7 @@ def torch_tensors(module: nnx.Module, part: str, *, old_vae_names: bool = False)
     """All weights of a module under Diffusers' names, with torch's order of axes."""
     tensors = {}
     for path, leaf in flat(nnx.state(module)).items():
-        name = translate(TO_DIFFUSERS[part], path)
-        assert name is not None, f"TO_DIFFUSERS has no row for {part} {path}"
+        name = diffusers_name(part, path)
         for new, old in OLD_VAE_NAMES.items() if part == "vae" and old_vae_names else ():
             name = name.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
         tensors[name] = np.ascontiguousarray(to_torch(np.asarray(leaf.get_value()), path))

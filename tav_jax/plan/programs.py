@@ -20,7 +20,7 @@ from tav_jax.diffusion.schedule import Prediction, Steps, prompted_steps
 from tav_jax.diffusion.windows import Window, check_length, windows_at_a_time
 from tav_jax.distributed import sharding
 from tav_jax.errors import InputError, short_repr
-from tav_jax.io import diffusers_layout, weights
+from tav_jax.io import diffusers_layout, single_file, weights
 from tav_jax.kernels import choose_kernel
 from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
 from tav_jax.plan.chips import Topology
@@ -120,6 +120,10 @@ def _model_shapes(config: Any) -> ModelShapes:
     """Shapes from the configs in a pipeline directory, or from a preset by the model's name."""
     options = {name: config.model[name] for name in ("spatial_attention", "temporal_attention")}
     options["kernel"] = choose_kernel(config.model.kernel, "tpu")
+    if single_file.is_single_file(config.model.path):
+        configs = single_file.read_configs(*(config.model[name] for name in ("path", "config", "prediction")))
+        path = Path(config.model.config or config.model.path)
+        return _shapes({part: (value, path / part) for part, value in configs.items()}, options)
     root = Path(config.model.path).expanduser()
     if (root / "unet" / diffusers_layout.CONFIGS["unet"]).is_file():
         return _directory_shapes(root, options)
@@ -131,22 +135,24 @@ def _model_shapes(config: Any) -> ModelShapes:
         return ModelShapes(replace(UNetConfig.sd1(), **options), VAEConfig(), ClipTextConfig.sd1())
     raise InputError(
         f"model.path is {short_repr(config.model.path)}, which is neither a pipeline directory nor a model with known "
-        "shapes; use --config.model.path=sd1 (Stable Diffusion 1.x), sd2 (2.x) or a directory"
+        "shapes; use --config.model.path=sd1 (Stable Diffusion 1.x), sd2 (2.x), a directory or a file"
     )
 
 
 def _directory_shapes(root: Path, options: dict[str, Any]) -> ModelShapes:
-    def read(part: str) -> tuple[dict[str, Any], Path]:
-        path = root / part / diffusers_layout.CONFIGS[part]
+    paths = {part: root / part / file for part, file in diffusers_layout.CONFIGS.items() if part != "tokenizer"}
+    for path in paths.values():
         if not path.is_file():
             raise InputError(f"{path} does not exist; a pipeline directory has a config for each of its parts")
-        return diffusers_layout.read_json(path), path
+    return _shapes({part: (diffusers_layout.read_json(path), path) for part, path in paths.items()}, options)
 
-    scheduler, _ = read("scheduler")
+
+def _shapes(configs: dict[str, tuple[dict[str, Any], Path]], options: dict[str, Any]) -> ModelShapes:
+    scheduler, _ = configs["scheduler"]
     return ModelShapes(
-        diffusers_layout.unet_config(*read("unet"), **options),
-        diffusers_layout.vae_config(*read("vae")),
-        diffusers_layout.text_config(*read("text_encoder")),
+        diffusers_layout.unet_config(*configs["unet"], **options),
+        diffusers_layout.vae_config(*configs["vae"]),
+        diffusers_layout.text_config(*configs["text_encoder"]),
         scheduler.get("prediction_type", "epsilon"),
         scheduler.get("num_train_timesteps", 1000),
     )

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from tav_jax import config as configs
 from tav_jax.distributed import processes, sharding
-from tav_jax.errors import InputError, MissingError, WeightsError
+from tav_jax.errors import InputError, MissingError, WeightsError, join_names
 from tav_jax.io.video import Clip, load_video
 from tav_jax.io.weights import Components
 from tav_jax.training import derived, environment, source_clip
@@ -65,6 +65,7 @@ class Run:
                 "skiing', or set it to '' to tune on the empty prompt"
             )
         config.clip.path = source_clip.absolute(config.clip.path)
+        config.model.update(source_clip.absolute_model(config.model))
         if config.edit.mask:
             config.edit.mask = source_clip.absolute(config.edit.mask)
         directory = RunDirectory(workdir)
@@ -97,8 +98,9 @@ class Run:
     def check_base(self, components: Components, metadata: dict[str, Any]) -> None:
         """Refuse a base model that differs from the one that the run started with."""
         if metadata["fingerprint"] != components.fingerprint:
+            loras = f" or of {join_names(self.config.model.lora)}" if self.config.model.lora else ""
             raise WeightsError(
-                f"the weights of {self.config.model.path} have changed since this run began (fingerprint "
+                f"the weights of {self.config.model.path}{loras} have changed since this run began (fingerprint "
                 f"{components.fingerprint}, then {metadata['fingerprint']}), and {self.directory} holds only the "
                 "weights trained on top of them. Restore the old weights, or start again in another --workdir."
             )

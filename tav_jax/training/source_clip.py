@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tav_jax.errors import InputError
+from tav_jax.io.single_file import is_single_file
 from tav_jax.io.video import Clip
 
 BLOCK = 1 << 22  # bytes
@@ -19,6 +20,13 @@ BLOCK = 1 << 22  # bytes
 def absolute(path: str) -> str:
     """A local path that is valid in every working directory. URLs and the empty path are returned unchanged."""
     return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_model(model: Any) -> dict[str, Any]:
+    """The files of the section `model` as absolute paths. Directories and hub ids in `path` are kept as they are."""
+    path = absolute(model.path) if is_single_file(model.path) else model.path
+    config = absolute(model.config) if os.path.isdir(os.path.expanduser(model.config)) else model.config
+    return {"path": path, "config": config, "lora": tuple(absolute(item) for item in model.lora)}
 
 
 def frames_digest(clip: Clip) -> str:
