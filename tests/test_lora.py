@@ -2,6 +2,7 @@
 scheme; files that do not fit, and other kinds of adapters."""
 
 import copy
+import hashlib
 import json
 import re
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REFERENCE, refusal, train
+from conftest import REFERENCE, Case, refusal, train
 from original_layout import original_tensors, read_component, unet_original, unet_prefixes
 from safetensors.numpy import load_file, save_file
 
@@ -19,8 +20,9 @@ from tav_jax.cli.main import main
 from tav_jax.cli.settings import read_config
 from tav_jax.config import lora_files
 from tav_jax.errors import InputError, MissingError, WeightsError
+from tav_jax.io import lora
 from tav_jax.io.lora import Lora
-from tav_jax.io.weights import torch_tensors
+from tav_jax.io.weights import torch_shapes, torch_tensors
 
 MODEL = REFERENCE / "sd1/model"
 UNET_LAYERS = (
@@ -147,9 +149,9 @@ def fused(pipeline, files: list[tuple[Path, float]]) -> dict[str, np.ndarray]:
     return table
 
 
-def merged(*lora, **options) -> dict[str, np.ndarray]:
+def merged(*files, **options) -> dict[str, np.ndarray]:
     """Our weights with LoRA files, without the temporal layers."""
-    parts = TuneAVideo.from_pretrained(MODEL, dtype="float32", lora=lora, **options).components
+    parts = TuneAVideo.from_pretrained(MODEL, dtype="float32", lora=files, **options).components
     table = {}
     for part in ("unet", "text_encoder"):
         for name, x in torch_tensors(getattr(parts, part), part).items():
@@ -230,8 +232,8 @@ def test_the_formula_in_other_dtypes(updates, base, tmp_path):
 
 
 def test_the_fingerprint_depends_on_files_scales_and_values(updates, tmp_path):
-    def fingerprint(*lora) -> str:
-        return TuneAVideo.from_pretrained(MODEL, dtype="float32", lora=lora).components.fingerprint
+    def fingerprint(*files) -> str:
+        return TuneAVideo.from_pretrained(MODEL, dtype="float32", lora=files).components.fingerprint
 
     file = tmp_path / "lora.safetensors"
     save_file(kohya(updates, 2.0), file)
@@ -286,11 +288,16 @@ def test_other_kinds_are_named(tmp_path, expected):
     assert expected in message
 
 
-def changed(tensors: dict, **changes) -> dict:
-    """The tensors of one layer, with changes of `down`, `up` or `alpha`; None removes it."""
-    names = {"down": f"{LAYER}.lora_down.weight", "up": f"{LAYER}.lora_up.weight", "alpha": f"{LAYER}.alpha"}
-    values = {names[key]: np.asarray(value) for key, value in changes.items() if value is not None}
-    return {name: x for name, x in (tensors | values).items() if changes.get(name.split("_")[-1], 0) is not None}
+def merge_all(case: Case, file: Path) -> None:
+    """Merge a file, without loading a model."""
+    parts = case.tav.components
+    shapes = {
+        (part, name): shape
+        for part in ("unet", "text_encoder")
+        for name, shape in torch_shapes(getattr(parts, part), part).items()
+    }
+    for target, updates in lora.match([Lora(file, 1.0)], shapes, parts.layout.unet).items():
+        lora.merge(np.zeros(shapes[target]), updates, hashlib.blake2b())
 
 
 @pytest.mark.parametrize(
@@ -313,11 +320,11 @@ def changed(tensors: dict, **changes) -> dict:
         ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (2, 32)}, "has no up weight"),
     ],
 )
-def test_a_lora_that_does_not_fit(tmp_path, changes, expected):
+def test_a_lora_that_does_not_fit(tmp_path, sd1, changes, expected):
     shapes = {f"{LAYER}.lora_down.weight": (2, 32, 1, 1), f"{LAYER}.lora_up.weight": (32, 2, 1, 1)} | changes
     file = tmp_path / "x.safetensors"
     save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, file)
-    message = refusal(WeightsError, merged, file)
+    message = refusal(WeightsError, merge_all, sd1, file)
     assert str(file) in message
     assert expected in message
 
@@ -330,10 +337,10 @@ def test_a_lora_that_does_not_fit(tmp_path, changes, expected):
         (f"{LAYER}.lora_up.weight", np.zeros((32, 2, 1, 1), np.int8), f"{LAYER}.lora_up.weight is I8, expected F64"),
     ],
 )
-def test_values_that_cannot_be_merged(tmp_path, name, value, expected):
+def test_values_that_cannot_be_merged(tmp_path, sd1, name, value, expected):
     tensors = {f"{LAYER}.lora_down.weight": np.ones((2, 32, 1, 1)), f"{LAYER}.lora_up.weight": np.ones((32, 2, 1, 1))}
     save_file(tensors | {name: np.asarray(value)}, tmp_path / "x.safetensors")
-    message = refusal(WeightsError, merged, tmp_path / "x.safetensors")
+    message = refusal(WeightsError, merge_all, sd1, tmp_path / "x.safetensors")
     assert "x.safetensors: " in message
     assert expected in message
 
@@ -395,8 +402,8 @@ def test_a_run_with_a_file_and_a_lora(settings, updates, tmp_path, monkeypatch):
     save_file(original_tensors(MODEL), tmp_path / "model.safetensors")
     save_file(kohya(updates, 2.0), tmp_path / "lora.safetensors")
     monkeypatch.chdir(tmp_path)
-    lora = ("lora.safetensors=0.5",)
-    names = {"model__path": "model.safetensors", "model__config": str(MODEL), "model__lora": lora}
+    names = {"model__path": "model.safetensors", "model__config": str(MODEL)}
+    names["model__lora"] = ("lora.safetensors=0.5",)
     config = settings(train__steps=2, edit__prompts=(), **names)
     train("run", config)
     written = json.loads(Path("run/config.json").read_text())["model"]
@@ -409,7 +416,6 @@ def test_a_run_with_a_file_and_a_lora(settings, updates, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree("run", "other")
-    config.train.steps = 3
     message = refusal(InputError, train, "run", settings(**{**names, "model__lora": ("lora.safetensors",)}))
     assert "model.lora was" in message
     save_file(kohya(updates, 1.0), tmp_path / "lora.safetensors")
