@@ -183,7 +183,7 @@ def test_second_edit_is_added_to_the_page(run_directory):
     assert add(run_directory, "a.mp4", prompt="again") == ["a dog", "again", "c", "b"]
     (run_directory.path / "edits/c.mp4").unlink()
     assert add(run_directory, "d.mp4") == ["a dog", "d", "again", "b"]
-    entry = index._read_record(run_directory, "edits/.tav-edits.json")["b.gif"]
+    entry = index.read_record(run_directory, "edits/.tav-edits.json")["b.gif"]
     assert (entry.settings, entry.command, entry.scores) == (first["settings"], "tav edit", first["scores"])
     np.testing.assert_array_equal(entry.mask, mask)
     names = {file.name for file in (run_directory.path / "edits").iterdir()}

@@ -37,6 +37,7 @@ examples:
   tav demo   --out=demo
   tav train  --config=man_skiing --workdir=runs/ski
   tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
+  tav web    --workdir=runs
   tav export --workdir=runs/ski --out=spider-ski
   tav plan   --config=man_skiing --topology=v5e-8
 """
@@ -44,6 +45,14 @@ PLAN = """\
 Compile the programs of a run with the TPU compiler, without a TPU. Reports the memory of each program, the shortest
 possible time of a step and the communication between chips. Needs neither weights nor a clip. Compiling a program at
 full size takes minutes; reports are cached.
+"""
+WEB = """\
+Serve a page on which you upload a clip, tune on it, watch the loss and previews, edit, compare and download.
+
+It runs `tav train` and `tav edit` for you, one at a time, and shows their command lines: use it to try prompts and
+options, and the commands for scripts, several hosts, buckets and settings that the page does not have. A job goes on
+if the page is closed or the server ends. Only this machine can reach the page, unless --host or --share say otherwise;
+then a password is needed, and one is made if none is given.
 """
 
 
@@ -154,6 +163,19 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print one line of JSON")
     plan.add_argument("--no-search", action="store_true", help="do not search for a change with which the run fits")
     plan.add_argument("--cache", help="directory of the report cache (default: in the user's cache directory)")
+
+    summary = "serve a page to tune, edit and compare in; needs the extra `web`"
+    web = commands.add_parser("web", help=summary, description=WEB, formatter_class=raw)
+    web.add_argument("--workdir", default="runs", help="a directory of runs, or a run (default: %(default)s)")
+    web.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+    )
+    web.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    web.add_argument("--share", action="store_true", help="also make a public link, through Gradio's servers")
+    password = "file with a password, or the environment variable TAV_WEB_PASSWORD; the user is `tav`"
+    web.add_argument("--password-file", metavar="FILE", help=password)
+    upload = "largest clip that can be uploaded (default: %(default)s)"
+    web.add_argument("--max-upload", type=int, default=512, metavar="MB", help=upload)
 
     commands.add_parser("doctor", help="report versions, devices, what is missing and how to fix it")
     return top

@@ -17,7 +17,6 @@ from PIL import Image
 
 from tav_jax.evaluation.page import GENERATOR, MAX_EMBEDDED, Entry, mask_strip, mp4, png, render_page
 from tav_jax.io.video import Clip
-from tav_jax.training.run import publish_video
 from tav_jax.training.run_directory import RunDirectory
 
 PAGE, RECORD = "index.html", ".tav-edits.json"
@@ -36,12 +35,14 @@ def update_index(
         prefix: of the names in the directory, "edits/" or "".
         edits: the new ones by the names of their videos, which have been written. They are first on the page.
     """
-    entries = {**edits, **_read_record(directory, prefix + RECORD), **edits}
+    entries = {**edits, **read_record(directory, prefix + RECORD), **edits}
     entries = {name: entry for name, entry in entries.items() if (directory / (prefix + name)).is_file()}
     record = {"edits": {name: _to_json(entry) for name, entry in entries.items()}}
     _write(directory, prefix + RECORD, json.dumps(record, indent=1) + "\n")
     source_video = None
     if len(mp4(source)) > MAX_SOURCE:
+        from tav_jax.training.run import publish_video  # imports JAX, which a reader of the record does not need
+
         publish_video(directory, source, prefix + SOURCE)
         source_video = directory.fetch(prefix + SOURCE)
     shown = [replace(entry, video=directory.fetch(prefix + name)) for name, entry in entries.items()]
@@ -65,7 +66,7 @@ def _write(directory: RunDirectory, name: str, text: str) -> None:
         scratch.write_bytes(text.encode("utf-8", "replace"))
 
 
-def _read_record(directory: RunDirectory, name: str) -> dict[str, Entry]:
+def read_record(directory: RunDirectory, name: str) -> dict[str, Entry]:
     """The edits of a record by their file names; none if the record is missing or damaged."""
     try:
         record = json.loads(directory.read(name) or '{"edits": {}}')

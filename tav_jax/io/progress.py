@@ -1,6 +1,7 @@
 """Progress bars."""
 
 import builtins
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from tav_jax.distributed import processes
 
 Progress = Callable[[int], None] | bool | None  # called with the number of steps done; True for a bar
 MEAN_OF = 50  # steps
+SHOW = "TAV_PROGRESS"  # environment variable with which bars are shown in any output, for a program that reads it
 
 
 def progress_bar(total: int, description: str, show: bool | None = None, *, leave: bool = True) -> Any:
@@ -19,7 +21,8 @@ def progress_bar(total: int, description: str, show: bool | None = None, *, leav
     from tqdm.auto import tqdm
 
     if show is None:
-        show = processes.is_primary() and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
+        interactive = hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty() or bool(os.environ.get(SHOW))
+        show = processes.is_primary() and interactive
     return tqdm(total=total, desc=description, disable=not show, leave=leave)
 
 
