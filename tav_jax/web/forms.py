@@ -17,7 +17,7 @@ from tav_jax.web.jobs import Job, JobQueue
 SHOWN_JOBS = 20
 
 
-def tune_form(defaults: Any) -> dict[str, gr.components.Component]:
+def tune_form(defaults: Any) -> dict[str, Any]:
     """Fields for a new run, by the names of the settings."""
     fields: dict[str, Any] = {}
     info = "One sentence that names the subject, what it does and the scene"
@@ -55,7 +55,7 @@ def tune_form(defaults: Any) -> dict[str, gr.components.Component]:
     return fields
 
 
-def edit_form(defaults: Any) -> dict[str, gr.components.Component]:
+def edit_form(defaults: Any) -> dict[str, Any]:
     """Fields for edits, by the names of the settings in section `edit`."""
     fields: dict[str, Any] = {}
     with gr.Row():

@@ -38,7 +38,8 @@ iframe.players { width: 100%; height: 400px; border: 0; border-radius: 8px; }
 .job .bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; }
 .job .bar div { height: 100%; background: var(--color-accent); }
 .job b { display: inline-block; } .job b::first-letter { text-transform: uppercase; }
-.jobs td { vertical-align: top; padding: 4px 10px 4px 0; }
+.jobs table { border: 0; } .jobs td { vertical-align: top; padding: 6px 12px 6px 0; border: 0; }
+.jobs tr { border-bottom: 1px solid var(--border-color-primary); }
 .command textarea { font-family: ui-monospace, monospace; font-size: .85em; }
 .jobs code { overflow-wrap: anywhere; white-space: pre-wrap; font-size: .85em; }
 """
@@ -159,8 +160,8 @@ class Actions:
     def refresh(self, name: str | None, before: dict[str, Any]) -> list[Any]:
         """Everything that changes by itself. Only what has changed since `before` is sent."""
         found, job = self.workspace.runs(), self.queue.current
-        begins = job is not None and job.state == "running" and Path(job.run).name
-        names = list(dict.fromkeys([*([begins] if begins else []), *found]))
+        begins = [Path(job.run).name] if job and job.state == "running" else []
+        names = [*(begun for begun in begins if begun not in found), *found]
         name = name if name in names else next(iter(names), None)
         run = found.get(name or "")
         previews = runs.preview_files(run) if run else []
@@ -243,7 +244,7 @@ def build(workspace: Workspace, queue: JobQueue, max_bytes: int) -> gr.Blocks:
                 players = gr.HTML()
                 with gr.Row():
                     chosen = gr.Dropdown(label="Download", choices=[], value=None, allow_custom_value=True)
-                    files = gr.File(label="MP4 and GIF", interactive=False)
+                    files = gr.File(label="MP4 and GIF", interactive=False, height=120)
             with gr.Tab("Jobs", id="jobs"):
                 jobs = gr.HTML(elem_classes="jobs")
                 with gr.Accordion("Output of this job, or of the last one", open=False):
@@ -272,7 +273,7 @@ def build(workspace: Workspace, queue: JobQueue, max_bytes: int) -> gr.Blocks:
         outputs = [seen, status, cancel, jobs, log, run, plot, previews, compared, chosen, players]
         outputs += [*edit_fields.values(), mask]
         run.input(actions.refresh, [run, seen], outputs, **quiet)
-        page.load(actions.refresh, [run, seen], outputs, api_name="refresh", show_progress="hidden")
+        page.load(actions.refresh, [run, seen], outputs, api_name="show", show_progress="hidden")
         gr.Timer(REFRESH).tick(actions.refresh, [run, seen], outputs, **quiet)
     return page.queue(default_concurrency_limit=4)
 
