@@ -32,6 +32,8 @@ __all__ = [
 
 def __getattr__(name: str):
     """Public names are imported at first use, so that `import tav_jax` and `tav --help` do not load JAX."""
+    if name == "evaluation":  # which is imported with `import tav_jax`, as far as a user can tell
+        return import_module(f"{__name__}.evaluation")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

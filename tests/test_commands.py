@@ -219,7 +219,7 @@ def downloaded(run, hub) -> list[Path]:
 def test_every_documented_command_is_of_a_kind_that_is_tested_here():
     kinds = {"make", "pip", "hf", "tav"}
     assert {words[0] for words in COMMANDS} == kinds
-    assert {words[1] for words in commands_of("tav")} == {"doctor", "train", "edit", "export", "plan", "demo"}
+    assert {words[1] for words in commands_of("tav")} == {"doctor", "train", "edit", "score", "export", "plan", "demo"}
     assert {words[0].split("/")[0] for words in shell_commands(LAUNCH_README)} == {"gcloud", "launch"}
 
 
@@ -294,8 +294,8 @@ def test_an_unknown_hub_id_is_refused_in_one_sentence(run):
 
 @pytest.fixture(scope="module")
 def trained(downloaded, run) -> list[str]:
-    """The documented `tav train`, `tav edit` and `tav export` commands, after they have run in order."""
-    commands = [words for words in commands_of("tav") if words[1] in ("train", "edit", "export")]
+    """The documented `tav train`, `edit`, `score` and `export` commands, after they have run in order."""
+    commands = [words for words in commands_of("tav") if words[1] in ("train", "edit", "score", "export")]
     for words in commands:
         done = run(*words, *(TINY_OPTIONS if words[1] == "train" else ()))
         assert done.returncode == 0, (words, done.stderr)
@@ -304,8 +304,9 @@ def trained(downloaded, run) -> list[str]:
 
 @pytest.mark.slow
 def test_train_edit_and_export_run_in_the_documented_order(trained, run):
-    assert trained == ["train", "edit", "export"]
+    assert trained == ["train", "edit", "score", "export"]
     assert len(list((run.place / "runs/ski/edits").glob("*.mp4"))) == 3  # two prompts, and one video of both
+    assert '<td data-label="flicker">' in (run.place / "runs/ski/edits/index.html").read_text("utf-8")
     assert (run.place / "ski/unet/diffusion_pytorch_model.safetensors").is_file()
 
 

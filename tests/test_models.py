@@ -220,7 +220,7 @@ def loaded(model, part: str, tmp_path, build, read_config):
     model.save_pretrained(tmp_path / part)
     config = json.loads((tmp_path / part / "config.json").read_text())
     ours = weights.abstract(build, read_config(config, tmp_path / part / "config.json"), jnp.float32)
-    weights.fill(ours, tmp_path, part, lambda path: jnp.float32)
+    weights.fill(ours, weights.Source(weights.Files(tmp_path)), part, lambda path: jnp.float32)
     return ours
 
 

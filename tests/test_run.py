@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ from conftest import logged, same_run, train, trained
 from flax.nnx import State
 from safetensors.numpy import load_file, save_file
 
-from tav_jax import Clip, TuneAVideo
-from tav_jax.cli import edit
+from tav_jax import Clip, TuneAVideo, load_video
+from tav_jax.cli import edit, main
 from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError, WeightsError
+from tav_jax.evaluation.index import update_index
+from tav_jax.evaluation.page import Entry
+from tav_jax.evaluation.scores import score
 from tav_jax.io import side_by_side, video, weights
 from tav_jax.training import checkpoint, checksums, derived, editing, run_directory
 from tav_jax.training import run as run_module
@@ -260,6 +264,47 @@ def test_edits_from_noise_and_in_another_directory(finished_run, tmp_path):
         edit.edit(run, ["red"], out=str(tmp_path / "file"))
     with pytest.raises(InputError, match="there is no prompt"):
         edit.edit(run, [])
+
+
+def test_scores_of_a_run_are_written_and_shown(run_copy, capsys, tmp_path, square_clip):
+    """Here those without weights. The mask is the one that the edit recorded, at the size of latents."""
+    clip = load_video(square_clip, frames=3, size=(32, 32))
+    edited = 255 - clip.frames
+    edited[:, :, :16] = clip.frames[:, :, :16]
+    mask = np.zeros((3, 8, 8), np.float32)
+    mask[:, :, 4:] = 1
+    options = ["score", f"--workdir={run_copy}"]
+    assert main.main(options) == 2
+    assert "run/edits/ holds no edits of this version; make some with `tav edit" in capsys.readouterr().err
+    entries = {}
+    for name, shown in (("a.mp4", mask), ("b.gif", None)):
+        video = Clip(edited, clip.fps).save(run_copy / "edits" / name)
+        entries[name] = Entry("blue square", video, scores={"clip_text": 31.0}, mask=shown)
+    update_index(RunDirectory(run_copy), "edits/", clip, "red square is moving", entries)
+    (run_copy / "edits/b.gif").rename(tmp_path / "b.gif")  # leaves the page
+
+    moved = square_clip.rename(tmp_path / "moved.mp4")
+    try:
+        assert main.main(options) == 2
+        assert "does not exist; put it back, or give its new path with --source=…" in capsys.readouterr().err
+        assert main.main([*options, f"--source={moved}"]) == 0
+    finally:
+        moved.rename(square_clip)
+    decoded = load_video(run_copy / "edits/a.mp4").frames
+    wide = mask.repeat(4, 1).repeat(4, 2)
+    expected = score(decoded, None, source=clip, mask=wide)
+    assert expected.background_psnr > 25  # the edit is compressed
+    assert score(decoded, None, source=clip, mask=1 - wide).background_psnr < 15
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["flicker", "background_psnr"]
+    assert table[1][0] == "a.mp4"
+    written = json.loads((run_copy / "edits/scores.json").read_text())
+    assert written["edits"] == [{"video": "a.mp4", "prompt": "blue square", **expected.to_dict()}]
+    page = (run_copy / "edits/index.html").read_text("utf-8")
+    shown = dict(re.findall(r'<td data-label="(.*?)">(.*?)</td>', page))
+    assert shown == {"clip_text": "31", "flicker": f"{expected.flicker:.4g}"} | {
+        "background_psnr": f"{expected.background_psnr:.4g}"
+    }
 
 
 def test_side_by_side_shows_source_and_edits():

@@ -85,4 +85,5 @@ def test_forgotten_prompt_is_refused_and_an_empty_one_is_accepted(settings, tmp_
     assert message.startswith(
         "clip.prompt is not set; describe the clip in one sentence, such as --config.clip.prompt="
     )
+    assert f"`tav caption {settings().clip.path}` suggests a sentence" in message
     assert Run.start_or_continue(str(tmp_path / "run"), settings(clip__prompt="")).config.clip.prompt == ""

@@ -13,6 +13,7 @@ from tav_jax import __version__
 from tav_jax.cli import terminal
 from tav_jax.distributed import processes
 from tav_jax.errors import TavError
+from tav_jax.evaluation import CAPTION_MODEL, CLIP_MODEL, PICK_MODEL
 from tav_jax.training import environment
 
 DESCRIPTION = "One-shot video tuning on JAX: from one clip and one sentence to edited clips."
@@ -38,8 +39,15 @@ examples:
   tav train  --config=man_skiing --workdir=runs/ski
   tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
   tav web    --workdir=runs
+  tav score  --workdir=runs/ski --clip
   tav export --workdir=runs/ski --out=spider-ski
   tav plan   --config=man_skiing --topology=v5e-8
+"""
+SCORE = """\
+Score edits: all edits of a run, one video, or a submission to the LOVEU-TGVE 2023 challenge. flicker, and the PSNR of
+the background outside of a mask, need no weights; --clip adds clip_text, clip_frame, temporal_consistency and
+frame_accuracy, --pick PickScore. The scores of a run are added to its index.html, and written to scores.json beside
+the videos.
 """
 PLAN = """\
 Compile the programs of a run with the TPU compiler, without a TPU. Reports the memory of each program, the shortest
@@ -145,6 +153,41 @@ def parser() -> argparse.ArgumentParser:
     start = "share of the steps after which --blend-word and --mask begin to act (default: the config's, 0.2)"
     source.add_argument("--blend-start", **share, help=start)
 
+    summary = "score edits: CLIP, PickScore, flicker, background PSNR"
+    score = commands.add_parser("score", help=summary, description=SCORE, formatter_class=raw)
+    what = score.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", help="the directory of a `tav train` run with edits")
+    what.add_argument("--video", metavar="FILE", help="one edited clip: a video, or a directory of images")
+    what.add_argument(
+        "--loveu", metavar="DIR", help="a submission, with frames in DIR/DAVIS_480p/VIDEO/style/00000.jpg …"
+    )
+    model = "directory or hub id of a CLIP model; without a value: %(const)s, a download of 1.7 GB"
+    score.add_argument("--clip", nargs="?", const=CLIP_MODEL, metavar="MODEL", help=model)
+    model = "the same for PickScore; without a value: %(const)s, a download of 4 GB"
+    score.add_argument("--pick", nargs="?", const=PICK_MODEL, metavar="MODEL", help=model)
+    score.add_argument("--prompt", help="with --video: the prompt of the edit")
+    score.add_argument("--source-prompt", metavar="PROMPT", help="with --video: the prompt of the source")
+    source = "with --video: the clip that was edited, for the background; with --workdir: the run's clip, if it moved"
+    score.add_argument("--source", metavar="FILE", help=source)
+    mask = "with --video and --source: an image or a video, white where the edit may differ from the source"
+    score.add_argument("--mask", metavar="FILE", help=mask)
+    score.add_argument(
+        "--edits", metavar="DIR", help="with --workdir: the --out of `tav edit` (default: WORKDIR/edits)"
+    )
+    score.add_argument("--csv", metavar="FILE", help="with --loveu: LOVEU-TGVE-2023_Dataset.csv (default: that in DIR)")
+    score.add_argument("--partial", action="store_true", help="with --loveu: score the clips that are there")
+    score.add_argument("--json", action="store_true", help="print one line of JSON")
+
+    summary = "suggest a prompt for a clip"
+    details = "An image captioning model describes the middle frame, on the CPU. Needs the extra caption."
+    caption = commands.add_parser("caption", help=summary, description=f"{summary.capitalize()}. {details}")
+    caption.add_argument("path", metavar="CLIP", help="a video or a directory of images")
+    model = (
+        "directory or hub id of a BLIP or BLIP-2 model (default: %(default)s, 1.9 GB; the larger "
+        "Salesforce/blip2-opt-2.7b is a download of 15 GB)"
+    )
+    caption.add_argument("--model", default=CAPTION_MODEL, help=model)
+
     summary = "write a tuned run in the Diffusers layout"
     export = commands.add_parser("export", help=summary, description=f"{summary.capitalize()}, with the 3D UNet.")
     export.add_argument("--workdir", required=True, help="the directory of a `tav train` run")
@@ -243,5 +286,5 @@ def entry() -> None:
     code = main()
     if code == 0 and (reason := terminal.lost_output()):
         print(f"tav: standard output could not be written ({reason})", file=sys.stderr)
-        code = 1 if sys.argv[1] in ("plan", "doctor") else 0  # the other commands write files
+        code = 1 if sys.argv[1] in ("plan", "doctor", "score", "caption") else 0  # the other commands write files
     sys.exit(code)

@@ -50,6 +50,7 @@ OTHER_FAMILIES = {  # component that only they have: description
     "transformer": "a transformer pipeline such as Flux or Stable Diffusion 3",
     "text_encoder_2": "a Stable Diffusion XL or 3 pipeline (it has two text encoders)",
 }
+PIPELINE_HINT = "Use a Stable Diffusion 1.x or 2.x pipeline; no other is supported."
 SOURCE_HELP = (
     "Give a directory in the Diffusers layout, for example one downloaded with "
     f"`hf download {DEFAULT_ID} --local-dir sd14`, a hub id, or a bucket path."
@@ -182,10 +183,10 @@ def hub_files(name: str, allowed: Sequence[str], hub: Mapping[str, Any], ignored
     try:
         return Path(huggingface_hub.snapshot_download(name, **patterns, **hub))
     except Exception as error:  # the hub client raises many types
-        raise MissingError(f"{name!r} {_hub_problem(name, error)}") from error
+        raise MissingError(f"{name!r} {hub_problem(name, error)}") from error
 
 
-def _hub_problem(name: str, error: BaseException) -> str:
+def hub_problem(name: str, error: BaseException, source_help: str = SOURCE_HELP) -> str:
     """Why a download failed, and what to do. The hub client hides some causes behind a LocalEntryNotFoundError."""
     from huggingface_hub import constants, errors
 
@@ -199,25 +200,25 @@ def _hub_problem(name: str, error: BaseException) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"is gated ({answer}); accept its terms at {hub}/{name}, and run `hf auth login`"
     if isinstance(error, errors.DisabledRepoError):
-        return f"was disabled by the hub ({answer}); use another model, such as {DEFAULT_ID!r}"
+        return f"was disabled by the hub ({answer}); use another model. {source_help}"
     if isinstance(error, errors.RepositoryNotFoundError):
         fix = f"check the spelling{_similar_ids(name)}, or run `hf auth login` if it is private"
         return f"is neither a directory nor a repository on the hub ({answer}); {fix}"
     if isinstance(error, errors.HFValidationError):
-        return f"is neither a directory nor a valid hub id. {SOURCE_HELP}"
+        return f"is neither a directory nor a valid hub id. {source_help}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"has no such revision on the hub ({answer}); check the spelling of `revision`"
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         is_option = isinstance(error, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
         setting = "local_files_only" if is_option else "HF_HUB_OFFLINE"
-        return f"is not a directory and not downloaded yet, and {setting} is set; unset it. {SOURCE_HELP}"
+        return f"is not a directory and not downloaded yet, and {setting} is set; unset it. {source_help}"
     if status == 429 or (status or 0) >= 500:
         return f"could not be downloaded, because the hub is not available ({answer}); try again later"
     if status is None and isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno:
-        return f"could not be downloaded as a hub id ({short_repr(str(error))}). {SOURCE_HELP}"
+        return f"could not be downloaded as a hub id ({short_repr(str(error))}). {source_help}"
     if status is None:
-        return f"is not a directory, and the hub at {hub} cannot be reached ({cause}); check the network. {SOURCE_HELP}"
-    return f"could not be downloaded as a hub id ({answer}). {SOURCE_HELP}"
+        return f"is not a directory, and the hub at {hub} cannot be reached ({cause}); check the network. {source_help}"
+    return f"could not be downloaded as a hub id ({answer}). {source_help}"
 
 
 def _similar_ids(name: str) -> str:
@@ -239,17 +240,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _ConfigReader:
-    """Typed access to one component's config. Invalid and unsupported values raise an error."""
+class ConfigReader:
+    """Typed access to one component's config. Invalid and unsupported values raise an error that ends with `hint`."""
 
-    def __init__(self, config: Mapping[str, Any], path: Path):
-        self.config, self.path = config, path
+    def __init__(self, config: Mapping[str, Any], path: Path, hint: str = PIPELINE_HINT):
+        self.config, self.path, self.hint = config, path, hint
 
     def error(self, name: str, value: Any, expected: str) -> WeightsError:
-        return WeightsError(
-            f"{self.path}: {name} is {short_repr(value)}, expected {expected}. Use a Stable Diffusion 1.x or 2.x "
-            "pipeline; no other is supported."
-        )
+        return WeightsError(f"{self.path}: {name} is {short_repr(value)}, expected {expected}. {self.hint}")
 
     def require(self, **allowed: Any) -> None:
         """Check settings for which only one value, or a tuple of values, is supported. They may be absent."""
@@ -293,7 +291,7 @@ class _ConfigReader:
 
 def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
     """From the config of a 2D or an inflated UNet, which differ only in the names of the block types."""
-    read = _ConfigReader(config, path)
+    read = ConfigReader(config, path)
     read.require(_class_name=("UNet2DConditionModel", "UNet3DConditionModel"))
     channels = read.integer("in_channels", 4)
     if channels != 4:
@@ -334,7 +332,7 @@ def unet_config(config: Mapping[str, Any], path: Path, **options) -> UNetConfig:
     )
 
 
-def _block_types(read: _ConfigReader, direction: str, levels: int, default: tuple[bool, ...]) -> tuple[bool, ...]:
+def _block_types(read: ConfigReader, direction: str, levels: int, default: tuple[bool, ...]) -> tuple[bool, ...]:
     """Whether each level has attention, from `["CrossAttnDownBlock2D", …, "DownBlock2D"]`."""
     name, plain = f"{direction.lower()}_block_types", f"{direction}Block"
     types = read.config.get(name)
@@ -347,7 +345,7 @@ def _block_types(read: _ConfigReader, direction: str, levels: int, default: tupl
 
 
 def vae_config(config: Mapping[str, Any], path: Path) -> VAEConfig:
-    read = _ConfigReader(config, path)
+    read = ConfigReader(config, path)
     read.require(_class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3, latent_channels=4)
     read.require(mid_block_add_attention=True, shift_factor=None, use_post_quant_conv=True, use_quant_conv=True)
     widths = read.integers("block_out_channels", (128, 256, 512, 512))
@@ -361,8 +359,8 @@ def vae_config(config: Mapping[str, Any], path: Path) -> VAEConfig:
     )
 
 
-def text_config(config: Mapping[str, Any], path: Path) -> ClipTextConfig:
-    read = _ConfigReader(config, path)
+def text_config(config: Mapping[str, Any], path: Path, hint: str = PIPELINE_HINT) -> ClipTextConfig:
+    read = ConfigReader(config, path, hint)
     read.require(model_type=("clip_text_model", "clip"), hidden_act=("quick_gelu", "gelu"))
     width, heads = read.integer("hidden_size", 512), read.integer("num_attention_heads", 8)
     if width % heads:

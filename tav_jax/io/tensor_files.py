@@ -54,9 +54,10 @@ def iter_tensors(directory: Path, variant: str | None = None) -> Iterator[Tensor
                     return reader(_shards(index))
     if variant:
         raise MissingError(f"{directory} contains no weights of the variant {variant!r}; use another, or no variant")
+    stem = STEMS[directory.name not in ("unet", "vae")]
     raise MissingError(
-        f"{directory} contains no weights: expected {STEMS[directory.name == 'text_encoder']}.safetensors, its sharded "
-        "or .fp16 form, or a .bin file. Download the component again."
+        f"{directory} contains no weights: expected {stem}.safetensors, its sharded or .fp16 form, or a .bin file. "
+        "Download the component again."
     )
 
 

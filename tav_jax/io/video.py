@@ -128,13 +128,15 @@ def load_video(
     stride: int = 1,
     fit: Fit = "crop",
     fps: float | None = None,
+    multiple: int = 8,
 ) -> Clip:
     """Load frames `start`, `start + stride`, … of a video file or of a directory of images.
 
     Args:
         path: a local path or a bucket URL.
         frames: how many frames to load; by default all. A damaged file can be loaded up to the damage.
-        size: (height, width) of the result; by default the display size of the source, cropped to multiples of 8.
+        size: (height, width) of the result; by default the display size of the source, cropped to multiples of
+            `multiple`.
         start: index of the first frame.
         stride: distance between two frames. The clip's fps is the source's fps ÷ stride.
         fit: "crop" keeps the aspect ratio and crops the center; "stretch" changes it, as the official code does.
@@ -145,8 +147,8 @@ def load_video(
     if "://" in str(path):
         paths.check_bucket(str(path))
         with paths.scratch_directory(Path(tempfile.gettempdir())) as scratch:
-            local = _download(str(path), scratch)
-            return load_video(local, frames=frames, size=size, start=start, stride=stride, fit=fit, fps=fps)
+            local, options = _download(str(path), scratch), {"fit": fit, "fps": fps, "multiple": multiple}
+            return load_video(local, frames=frames, size=size, start=start, stride=stride, **options)
     path = _check_path(path)
     kind = ImageDirectory if path.is_dir() else ImageFile if is_image(path) else VideoFile
     source = kind(path, fps)
@@ -166,7 +168,7 @@ def load_video(
             if size is None and frame.shape != shape:
                 sizes = f"{shape[0]}×{shape[1]} and {frame.shape[0]}×{frame.shape[1]}"
                 raise InputError(f"the frames of {path} differ in size ({sizes}); set size=(height, width)")
-            frame = _resize(frame, size, fit)
+            frame = _resize(frame, size, fit, multiple)
             while wanted < end and len(selected) != frames:
                 selected.append(frame)
                 wanted += stride
@@ -259,14 +261,14 @@ def _too_short(path: Path, available: int, damage: str, frames: int, start: int,
 
 
 def _resize(
-    frame: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None, fit: Fit
+    frame: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None, fit: Fit, multiple: int = 8
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Crop to multiples of 8 (no size), crop the center and resize ("crop"), or resize only ("stretch")."""
+    """Crop to multiples (no size), crop the center and resize ("crop"), or resize only ("stretch")."""
     h, w, _ = frame.shape
     if size is None:
-        if min(h, w) < 8:
-            raise InputError(f"the frames are {h}×{w} pixels, less than 8 on a side; set size=(height, width)")
-        height, width = h // 8 * 8, w // 8 * 8
+        if min(h, w) < multiple:
+            raise InputError(f"the frames are {h}×{w} pixels, less than {multiple} on a side; set size=(height, width)")
+        height, width = h // multiple * multiple, w // multiple * multiple
         top, left = (h - height) // 2, (w - width) // 2
         return frame[top : top + height, left : left + width]
     height, width = size

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,13 @@ FROM_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
         (r"(?:text_model\.)?(encoder\..+\.(?:[qkv]_proj|out_proj|fc[12]))\.weight", _KERNEL),
         (r"(?:text_model\.)?(.+)\.bias", _BIAS),
     ],
+    "clip": [
+        (r"(.+\.embeddings\.(?:token|position)_embedding)\.weight", r"\1.embedding"),
+        (r"(.+\.(?:layer_norm\d|(?:final_layer|pre_layr|post_layer)_?norm))\.weight", _SCALE),
+        (r"(.+\.(?:patch_embedding|[qkv]_proj|out_proj|fc[12])|(?:text|visual)_projection)\.weight", _KERNEL),
+        (r"(.+)\.bias", _BIAS),
+        (r"(vision_model\.embeddings\.class_embedding|logit_scale)", r"\1"),
+    ],
 }  # fmt: skip
 
 # Path in the module → Diffusers' name.
@@ -71,10 +78,19 @@ TO_DIFFUSERS: dict[str, list[tuple[str, str]]] = {
         (r"(.+)\.(?:kernel|scale|embedding)", r"text_model.\1.weight"),
         (r"(.+)\.bias", r"text_model.\1.bias"),
     ],
+    "clip": [
+        (r"(.+)\.(?:kernel|scale|embedding)", r"\1.weight"),
+        (r"(.+)", r"\1"),
+    ],
 }
 
-# A buffer that is not a weight, and a projection that Stable Diffusion does not use.
-IGNORED = {"text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight"}
+# Buffers that are not weights, and a projection that Stable Diffusion does not use.
+IGNORED = {
+    "text_encoder": r"(?:text_model\.)?embeddings\.position_ids|text_projection\.weight",
+    "clip": r"(?:text|vision)_model\.embeddings\.position_ids",
+}
+# Part → its subdirectory, where that has not the name of the part.
+SUBDIRECTORIES = {"clip": ""}
 # The layers that inflation adds to a 2D UNet.
 TEMPORAL = re.compile(r".+\.(?:attn_temp|norm_temp)\..+")
 
@@ -194,17 +210,24 @@ def diffusers_name(part: str, path: str) -> str:
     return name
 
 
+class Files(NamedTuple):
+    """A directory with weights that is not a pipeline."""
+
+    root: Path
+    file: None = None
+
+
 @dataclass(frozen=True)
 class Source:
     """Where the tensors of a pipeline are: in a directory or a single file, with LoRA updates for some of them."""
 
-    layout: Layout
+    layout: Layout | Files
     variant: str | None = None
     updates: Mapping[tuple[str, str], Sequence[lora.Update]] = field(default_factory=dict)
 
     def tensors(self, part: str, names: Sequence[str]) -> Iterator[Tensor]:
         if self.layout.file is None:
-            return iter_tensors(self.layout.root / part, self.variant)
+            return iter_tensors(self.place(part), self.variant)
         return single_file.iter_component(self.layout, part, names)
 
     def problem(self, part: str, problems: Mapping[str, list[str]]) -> WeightsError:
@@ -220,7 +243,7 @@ class Source:
         )
 
     def place(self, part: str) -> Path:
-        return self.layout.file or self.layout.root / part
+        return self.layout.file or self.layout.root / SUBDIRECTORIES.get(part, part)
 
     def names(self, part: str, paths: Sequence[str]) -> list[str]:
         """The names in the file of the tensors that it lacks."""
@@ -271,7 +294,7 @@ def fill(
             raw = lora.merge(raw, updates, digest)
         digests[tensor.name] = digest.hexdigest()
         # Waiting for each tensor bounds memory: the transfer is asynchronous, and the raw arrays would accumulate.
-        array = jax.block_until_ready(from_torch(raw, path, dtype))
+        array = jax.block_until_ready(from_torch(raw.reshape(tensor.shape), path, dtype))
         if array is None:
             raise WeightsError(
                 f"{source.place(part)}: {tensor.origin or tensor.name} has values that are NaN, infinite or too large "

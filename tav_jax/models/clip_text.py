@@ -1,7 +1,7 @@
 """The text encoders of Stable Diffusion: CLIP ViT-L/14 (1.x) and OpenCLIP-H (2.x). Token ids `[n, L]` → `[n, L, D]`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,25 @@ from tav_jax.models.norms import layer_norm
 
 
 @dataclass(frozen=True)
-class ClipTextConfig:
-    vocab_size: int = 49408
+class EncoderConfig:
+    """The layers of a text encoder or of a vision tower."""
+
+    causal: ClassVar[bool] = False
+
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    max_position_embeddings: int = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ClipTextConfig(EncoderConfig):
+    causal: ClassVar[bool] = True
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
 
     @classmethod
     def sd1(cls) -> "ClipTextConfig":
@@ -35,8 +45,8 @@ class ClipTextConfig:
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, dim: int, heads: int, **kw):
-        self.heads = heads
+    def __init__(self, dim: int, heads: int, causal: bool, **kw):
+        self.heads, self.causal = heads, causal
         self.q_proj = nnx.Linear(dim, dim, **kw)
         self.k_proj = nnx.Linear(dim, dim, **kw)
         self.v_proj = nnx.Linear(dim, dim, **kw)
@@ -45,7 +55,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Float[Array, "n L D"]) -> Float[Array, "n L D"]:
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.reshape(*y.shape[:-1], self.heads, -1) for y in projected)  # [n, L, N, d]
-        return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+        return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -61,9 +71,9 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, c: ClipTextConfig, **kw):
+    def __init__(self, c: EncoderConfig, **kw):
         self.layer_norm1 = layer_norm(c.hidden_size, c.layer_norm_eps, **kw)
-        self.self_attn = SelfAttention(c.hidden_size, c.num_attention_heads, **kw)
+        self.self_attn = SelfAttention(c.hidden_size, c.num_attention_heads, c.causal, **kw)
         self.layer_norm2 = layer_norm(c.hidden_size, c.layer_norm_eps, **kw)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act, **kw)
 
@@ -82,7 +92,7 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, c: ClipTextConfig, **kw):
+    def __init__(self, c: EncoderConfig, **kw):
         self.layers = nnx.List([Layer(c, **kw) for _ in range(c.num_hidden_layers)])
 
     def __call__(self, x: Float[Array, "n L D"]) -> Float[Array, "n L D"]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 from typing import Any
 
 from flax import nnx
@@ -33,6 +34,7 @@ class Run:
     def __init__(self, directory: RunDirectory, config: Any):
         self.directory = directory
         self.config: Any = config
+        self.clip_option = "--clip"  # of the command line, for another path of the clip
         self.is_training = False  # True allows this process to remove and rename checkpoints
 
     @functools.cached_property
@@ -62,7 +64,8 @@ class Run:
         if config.clip.prompt is None:
             raise InputError(
                 "clip.prompt is not set; describe the clip in one sentence, such as --config.clip.prompt='a man is "
-                "skiing', or set it to '' to tune on the empty prompt"
+                "skiing', or set it to '' to tune on the empty prompt. `tav caption "
+                f"{shlex.quote(config.clip.path)}` suggests a sentence."
             )
         config.clip.path = source_clip.absolute(config.clip.path)
         config.model.update(source_clip.absolute_model(config.model))
@@ -107,7 +110,7 @@ class Run:
 
     def load_clip(self, recorded: dict[str, Any] | None = None) -> Clip:
         """The clip that the config names. Refuses a clip that differs from the one that a checkpoint has recorded."""
-        c, option = self.config.clip, "--config.clip.path" if self.is_training else "--clip"
+        c, option = self.config.clip, "--config.clip.path" if self.is_training else self.clip_option
         size = (c.height, c.width)
         try:
             clip = load_video(c.path, frames=c.frames or None, size=size, start=c.start, stride=c.stride, fit=c.fit)
