@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from tav_jax.evaluation import CLIP_MODEL, PICK_MODEL, loveu
 from tav_jax.evaluation.index import PAGE, RECORD, is_foreign, read_record, update_index
 from tav_jax.evaluation.scores import load_pick, score
 from tav_jax.io.clip import load_clip
-from tav_jax.io.masks import load_mask
 from tav_jax.io.video import load_video
 from tav_jax.training import source_clip
 from tav_jax.training.run import Run
@@ -89,17 +87,20 @@ def _video(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
         raise InputError("the PSNR of the background needs both --source and --mask; give both or neither")
     options: dict[str, Any] = {"source_prompt": arguments.source_prompt}
     if arguments.source is not None:
-        count, height, width = clip.frames.shape[:3]
-        source = load_video(arguments.source, multiple=1)
-        if source.frames.shape != clip.frames.shape:
-            sizes = [f"{n} frames of {h}×{w}" for n, h, w, _ in (source.frames.shape, clip.frames.shape)]
-            raise InputError(
-                f"--source has {sizes[0]} and --video {sizes[1]}; give the same frames as a video of the same size"
-            )
-        settings = SimpleNamespace(path=arguments.source, height=height, width=width, fit="crop", start=0, stride=1)
-        options |= {"source": source, "mask": load_mask(arguments.mask, settings, count)}
+        source, mask = (load_video(path, multiple=1).frames for path in (arguments.source, arguments.mask))
+        wanted = _describe(clip.frames)
+        if source.shape != clip.frames.shape:
+            raise InputError(f"--source has {_describe(source)} and --video {wanted}; give the frames that were edited")
+        if mask.shape[1:] != clip.frames.shape[1:] or len(mask) not in (1, len(clip.frames)):
+            raise InputError(f"--mask has {_describe(mask)}; give an image or a video of the size of --video, {wanted}")
+        mask = mask.mean(axis=-1, dtype=np.float32) / 255
+        options |= {"source": source, "mask": mask[0] if len(mask) == 1 else mask}
     scores = score(clip, arguments.prompt, **_models(arguments), **options).to_dict()
     return scores, {Path(arguments.video).name: scores}
+
+
+def _describe(frames: np.ndarray) -> str:
+    return "{} frames of {}×{}".format(*frames.shape[:3])
 
 
 # --------------------------------------------------------------------------------------------------- the edits of a run

@@ -61,9 +61,6 @@ def score(
             the edit may differ from it, for `background_psnr`.
     """
     frames = _as_frames(frames, "frames")
-    for name, value in (("prompt", prompt), ("source_prompt", source_prompt)):
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{name} is {short_repr(value)}; it must be a string")
     if (source is None) != (mask is None):
         raise InputError("background_psnr needs both source and mask; give both or neither")
     values: dict[str, float | None] = {"flicker": flicker(frames)}
