@@ -275,7 +275,7 @@ def test_scores_of_a_run_are_written_and_shown(run_copy, capsys, tmp_path, squar
     mask[:, :, 4:] = 1
     options = ["score", f"--workdir={run_copy}"]
     assert main.main(options) == 2
-    assert "run/edits/ holds no edits of this version; make some with `tav edit" in capsys.readouterr().err
+    assert "run/edits holds no edits of this version; make some with `tav edit" in capsys.readouterr().err
     entries = {}
     for name, shown in (("a.mp4", mask), ("b.gif", None)):
         video = Clip(edited, clip.fps).save(run_copy / "edits" / name)
