@@ -446,8 +446,8 @@ def test_upload_tune_edit_cancel_and_restart(tmp_path, square_clip):
         metrics = root / "red/metrics.jsonl"
         until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4, 300)
         server.kill()
-        begun = len(metrics.read_text().splitlines())
-        until(lambda: len(metrics.read_text().splitlines()) > begun, 60)
+        lines = len(metrics.read_text().splitlines())
+        until(lambda: len(metrics.read_text().splitlines()) > lines, 60)
 
         server = Server(root)
         shown = str(server.call("show", None))
@@ -488,3 +488,6 @@ def test_upload_tune_edit_cancel_and_restart(tmp_path, square_clip):
         assert server.process.wait(60) == 0
     finally:
         server.kill()
+        for file in (root / ".tav-web/jobs").glob("*.json"):
+            if (job := json.loads(file.read_text()))["state"] == "running":
+                os.killpg(job["pid"], signal.SIGKILL)
