@@ -3,6 +3,7 @@
 Tokens are `[B, F, T, C]` with T = H·W; split into heads they are `[B, F, T, N, D]`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -84,6 +85,26 @@ class Attention(nnx.Module):
         return constrain(jnp.swapaxes(x, 1, 2), CLIP)  # [B, F, T, C]
 
 
+@jax.custom_jvp
+def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """The exact GELU, x · Φ(x) with Φ(x) = (1 + erf(x/√2)) / 2, computed in float32. `jax.nn.gelu` uses erfc, which is
+    several times as expensive on a TPU. The derivative, Φ(x) + x · φ(x), is stored in the dtype of x."""
+    y = x.astype(jnp.float32)
+    return (y * _normal_cdf(y)).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = x.astype(jnp.float32)
+    derivative = _normal_cdf(y) + y * jnp.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+    return gelu(x), derivative.astype(x.dtype) * dx
+
+
+def _normal_cdf(y: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
+
+
 class FeedForward(nnx.Module):
     """GEGLU with the exact (erf) GELU, and the output projection."""
 
@@ -93,7 +114,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         value, gate = jnp.split(self.proj_in(x), 2, axis=-1)  # [..., 4C] each
-        return self.proj_out(value * jax.nn.gelu(gate, approximate=False))
+        return self.proj_out(value * gelu(gate))
 
 
 class TransformerBlock(nnx.Module):
