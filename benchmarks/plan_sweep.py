@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in NAMES]:
         raise InputError(f"--function is {unknown[0]!r}; it must be one of {', '.join(NAMES)}")
     config.clip.frames = int(frames[0])  # each job of the sweep has its own
+    if config.train.remat == "auto":
+        config.train.remat = "block"  # the points of a line have one policy
     job = read_job(config, topologies[0])
     directory = Path(arguments.cache) if arguments.cache else compilation_cache.cache_directory() / "plans"
     cache = ReportCache(directory, log=lambda line: print(line, file=sys.stderr))

@@ -69,7 +69,7 @@ def get_config() -> "ConfigDict":
                 "max_grad_norm": 1.0,
                 "trainable": TRAINABLE,
                 "window": 0,
-                "remat": "block",
+                "remat": "auto",
                 "checkpoint_every": 100,
                 "keep_newest": 2,
                 "keep_every": 0,
@@ -122,7 +122,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.spatial_attention": get_args(SpatialAttention),
     "model.kernel": ("auto", *get_args(Kernel)),
     "clip.fit": ("crop", "stretch"),
-    "train.remat": get_args(Remat),
+    "train.remat": ("auto", *get_args(Remat)),
     "edit.sampler": tuple(SAMPLERS),
 }
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", tuple: "a list of strings"}
@@ -161,7 +161,7 @@ def check_choice(setting: str, value: Any) -> None:
 
 
 def remat_name(remat: str | bool) -> str:
-    """The policy's name; True and False stand for `block` and `none`."""
+    """The policy's name, or `auto`; True and False stand for `block` and `none`."""
     name = {True: "block", False: "none"}[remat] if isinstance(remat, bool) else remat
     check_choice("train.remat", name)
     return name

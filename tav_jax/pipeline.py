@@ -158,7 +158,7 @@ class TuneAVideo(Networks):
         max_grad_norm: float = 1.0,
         seed: Any = 33,
         trainable: Sequence[str] = TRAINABLE,
-        remat: str | bool = "block",
+        remat: str | bool = "auto",
         window: int = 0,
         progress: bool | None = None,
     ) -> TuningResult:

@@ -63,6 +63,27 @@ def test_without_remat_it_is_suggested(sd1, monkeypatch):
     assert 'remat="block"' in error_of(memory.check, none)
 
 
+def test_remat_is_none_where_it_fits_with_a_margin(sd1, monkeypatch):
+    """Else `block`, or `level` where not even the lower bound for `block` fits; the same in all processes."""
+
+    def estimate(remat: str) -> memory.Workload:
+        return sd1.tav.memory_estimator.tuning(LATENTS, 10_000, remat=remat, fsdp=False)
+
+    def chosen(total, *anywhere) -> str:
+        return memory.choose_remat(estimate, total, 1.5, *anywhere)
+
+    needed = {name: estimate(name).bytes_needed(estimate(name).shape, 1) for name in ("none", "block", "level")}
+    assert needed["none"] > needed["block"] > needed["level"]
+    limits = (int(1.5 * needed["none"]) + 1, int(1.5 * needed["none"]) - 1, needed["block"], needed["block"] - 1)
+    assert [chosen(limit) for limit in limits] == ["none", "block", "block", "level"]
+    assert chosen(None) == "block"
+    assert chosen(limits[0], lambda flag: True) == "level"  # another process has less memory
+    tuning = trainer(sd1.tav)
+    assert (tuning.remat, tuning.arguments["remat"]) == ("none", "none")
+    set_capacity(monkeypatch, int(2.9 * tuning.workload.bytes_needed(tuning.workload.shape, 1)))
+    assert trainer(sd1.tav).remat == "block"  # on a CPU, the margin is larger
+
+
 def workloads(tav, step) -> dict:
     return {
         "tuning on": step,

@@ -74,6 +74,16 @@ def test_a_config_that_cannot_be_planned_is_refused(changes, message):
         read_job(settings, parse_topology("v5e-8"))
 
 
+@pytest.mark.parametrize(
+    ("topology", "frames", "window", "chosen"),
+    [("v5e-8", 32, 0, "none"), ("v5e-8", 128, 0, "block"), ("v5e-1", 16, 0, "block"), ("v5e-1", 16, 4, "none")],
+)
+def test_remat_is_chosen_for_the_memory_of_a_chip(topology, frames, window, chosen):
+    settings = config.get_config()
+    settings.model.path, settings.clip.frames, settings.train.window = "sd1", frames, window
+    assert read_job(settings, parse_topology(topology)).remat == chosen
+
+
 def test_model_shapes_come_from_a_preset_or_a_directory():
     settings, topology = config.get_config(), parse_topology("v5e-8")
     assert read_job(settings, topology).model.unet == dataclasses.replace(UNetConfig.sd1(), kernel="fused")
@@ -366,7 +376,7 @@ def test_needed_bytes_are_read_from_the_compilers_error():
 
 def make_job(topology: str = "v5e-8", **changes) -> Job:
     settings = config.get_config()
-    settings.model.path = "sd1"
+    settings.model.path, settings.train.remat = "sd1", "block"
     return read_job(settings, parse_topology(topology)).replace(**changes)
 
 

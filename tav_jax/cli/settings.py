@@ -35,7 +35,7 @@ MEANINGS = {
     "train.max_grad_norm": "gradients are clipped to this global norm",
     "train.trainable": "suffixes of the trained modules' names; with down, mid or up, only in these blocks",
     "train.window": "frames of a random window of the clip that each step trains on; 0: all",
-    "train.remat": "rematerialization policy, in order of decreasing memory",
+    "train.remat": "rematerialization policy, in order of decreasing memory; auto: none if it fits",
     "train.checkpoint_every": "steps between checkpoints; 0: only at the end",
     "train.keep_newest": "number of newest checkpoints to keep",
     "train.keep_every": "checkpoints at multiples of this step are also kept; 0: none",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from tav_jax.diffusion.windows import CONTEXT, Window, windows_at_a_time
 from tav_jax.errors import InputError, OutOfMemoryError, short_repr
@@ -24,6 +24,15 @@ CGROUP = Path("/sys/fs/cgroup")
 LIMITS = (CGROUP / "memory.max", CGROUP / "memory/memory.limit_in_bytes")  # of a container, cgroup v2 and v1
 OVERRIDE = "TAV_MEMORY_GIB"  # environment variable: the memory of one device
 GIB = 2**30
+
+# What a program takes, relative to its estimate. Stable Diffusion's training steps, compiled for TPUs, take 1.08 to 1.48
+# times the estimate, and 1.17 without remat (benchmarks/TPU_PLAN.md). A CPU's memory is shared with other programs, and
+# with what XLA allocates to compile.
+MARGIN, CPU_MARGIN = 1.5, 3.0
+
+# What remat policies store, relative to the inputs of all blocks: without remat, all intermediates, which are about 30
+# arrays of a transformer's width and 6 of a resnet's; by level, the skip connections.
+STORED = {"none": 18.0, "level": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------------ estimates
@@ -65,7 +74,7 @@ class Estimator:
     vae: VAEConfig
     weights: int  # bytes of the UNet's weights
     itemsize: int  # bytes of the model's dtype
-    mesh: Mesh | None
+    mesh: AbstractMesh | Mesh | None
 
     @classmethod
     def of(cls, unet: Any, vae: Any, dtype: Any, mesh: Mesh | None) -> "Estimator":
@@ -76,13 +85,13 @@ class Estimator:
         """A training step of a model with this number of trained parameters, on the clip or on a window of it."""
         trained = parameters // (self.mesh.size if fsdp and self.mesh else 1)
 
-        def needed(shape: Shape, devices: int, remat: bool = remat != "none") -> int:
+        def needed(shape: Shape, devices: int, remat: str = remat) -> int:
             return self._tuning_bytes(_input_shape(shape, window), devices, trained, remat)
 
         workload = self._unet_workload("tuning on", latents, needed, window)
         if remat != "none":
             return workload
-        return workload._replace(bytes_with_remat=needed(workload.shape, workload.devices, True))
+        return workload._replace(bytes_with_remat=needed(workload.shape, workload.devices, "block"))
 
     def denoising(self, name: str, latents: Any, rows: int, window: Window | None = None) -> Workload:
         """A step of inversion or sampling with this number of text embeddings, on the clip or in windows."""
@@ -135,13 +144,12 @@ class Estimator:
         blocks = 2 * (2 * self.unet.layers_per_block + 1)
         return sum(blocks * c * (pixels >> (2 * level)) for level, c in enumerate(widths)), 12 * 2 * widths[0] * pixels
 
-    def _tuning_bytes(self, shape: Shape, devices: int, trained: int, remat: bool) -> int:
-        """With remat, a training step stores the inputs of all blocks and the intermediates of one block; without it,
-        all intermediates: about 30 arrays of a transformer's width, 6 of a resnet's. Each trained parameter has a new
+    def _tuning_bytes(self, shape: Shape, devices: int, trained: int, remat: str) -> int:
+        """A training step stores what STORED says, and the intermediates of one block. Each trained parameter has a new
         value, a gradient and two moments in float32."""
         latents = self._latents(shape, devices)
         block_inputs, feed_forward = self._activations(*latents)
-        stored = block_inputs if remat else 18 * block_inputs
+        stored = int(STORED.get(remat, 1) * block_inputs)
         scores = self._attention_bytes(*latents, batch=1)
         return self.weights + 16 * trained + self.itemsize * (stored + feed_forward) + 2 * scores
 
@@ -193,6 +201,11 @@ def capacity() -> int | None:
     return min(limits) // jax.local_device_count() if limits else None
 
 
+def margin() -> float:
+    """What a program may take on this platform, relative to its estimate."""
+    return CPU_MARGIN if jax.default_backend() == "cpu" else MARGIN
+
+
 def available() -> int | None:
     """Free bytes of the first device, None if unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -222,6 +235,22 @@ def prompt_batch_size(prompts: int, bytes_each: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
+
+
+def choose_remat(
+    estimate: Callable[[str], Workload], total: int | None, margin: float, anywhere: Callable[[bool], bool] = bool
+) -> str:
+    """The remat policy for `auto`, from the estimate for each policy: `none` if it fits into `total` bytes with a
+    margin, else `block`, or `level` where the lower bound for `block` does not fit. `anywhere`: whether a flag is true
+    in any process, so that all choose the same."""
+
+    def exceeds(remat: str, factor: float) -> bool:
+        workload = estimate(remat)
+        return total is not None and factor * workload.bytes_needed(workload.shape, workload.devices) > total
+
+    if not anywhere(total is None or exceeds("none", margin)):
+        return "none"
+    return "level" if anywhere(exceeds("block", 1)) else "block"
 
 
 def check(workload: Workload) -> None:

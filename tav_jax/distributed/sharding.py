@@ -37,17 +37,21 @@ def default_mesh_shape(devices: int, frames: int = DEFAULT_FRAMES) -> tuple[int,
     return devices // along_frames, along_frames
 
 
+def mesh_shape(shape: tuple[int, int] | None, devices: int, frames: int = DEFAULT_FRAMES) -> tuple[int, int]:
+    """(data, frames) with the zeros of `shape` replaced: they stand for as many as there are devices."""
+    data, along_frames = shape or (0, 0)
+    if not data and not along_frames:
+        return default_mesh_shape(devices, frames)
+    data = data or max(1, devices // along_frames)
+    return data, along_frames or max(1, devices // data)
+
+
 def make_mesh(
     shape: tuple[int, int] | None = None, *, frames: int = DEFAULT_FRAMES, devices: Sequence[Any] | None = None
 ) -> Mesh | None:
-    """The mesh (data, frames) on the first devices, or None for a single device. A 0 in `shape` stands for as many as
-    there are devices."""
+    """The mesh (data, frames) on the first devices, or None for a single device. `shape`: see `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
-    data, along_frames = shape or (0, 0)
-    if not data and not along_frames:
-        data, along_frames = default_mesh_shape(len(devices), frames)
-    data = data or max(1, len(devices) // along_frames)
-    along_frames = along_frames or max(1, len(devices) // data)
+    data, along_frames = mesh_shape(shape, len(devices), frames)
     name, size = f"a mesh of {data} × {along_frames} (data × frames)", data * along_frames
     if size > len(devices):
         raise InputError(

@@ -44,7 +44,7 @@ INSTEAD = {
     "return_dict": "the result has .frames (uint8) and .latents",
     "device": "use mesh=(data, frames), and JAX_PLATFORMS to choose the platform",
     "device_map": "use mesh=(data, frames), and JAX_PLATFORMS to choose the platform",
-    "gradient_checkpointing": "use remat=, which is 'block' by default",
+    "gradient_checkpointing": "use remat=, which is 'auto' by default",
     "unet": "load one directory with all components",
     "vae": "load one directory with all components",
     "text_encoder": "load one directory with all components",

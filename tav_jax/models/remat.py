@@ -8,7 +8,8 @@
 | `block`     | block inputs (a block is one resnet or one transformer)       | each block, once           |
 | `level`     | inputs of each level, and the skip connections                | each block, twice          |
 
-The arithmetic is the same with every policy.
+The arithmetic is the same with every policy. `train.remat=auto` chooses one by the memory of the device, see
+`choose_remat` in `distributed/memory.py`.
 """
 
 from collections.abc import Callable

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 
 from tav_jax.config import check_size
 from tav_jax.diffusion import programs
 from tav_jax.diffusion.samplers import DDIM, LoopState, get_sampler
 from tav_jax.diffusion.schedule import Prediction, Steps, prompted_steps
 from tav_jax.diffusion.windows import Window, check_length, windows_at_a_time
-from tav_jax.distributed import sharding
+from tav_jax.distributed import memory, sharding
 from tav_jax.errors import InputError, short_repr
 from tav_jax.io import diffusers_layout, single_file, weights
 from tav_jax.kernels import choose_kernel
@@ -73,10 +73,7 @@ class Job:
     @property
     def frames_per_chip(self) -> int:
         """Frames on the chip that has most of them, of the clip or of a window."""
-        data, along_frames = self.mesh
-        chips = self.topology.chips
-        if not along_frames:
-            along_frames = chips // data if data else sharding.default_mesh_shape(chips, self.frames)[1]
+        _, along_frames = sharding.mesh_shape(self.mesh, self.topology.chips, self.frames)
         return -(-min(self.frames, (*self.window, self.frames)[0]) // along_frames)
 
     def to_json(self) -> str:
@@ -95,7 +92,7 @@ def read_job(config: Any, topology: Topology) -> Job:
     check_size(clip.height, clip.width, model.vae.downsampling, prefix="clip.")
     check_length(config.edit.window, clip.frames, "edit.window")
     check_length(config.train.window, clip.frames, "train.window")
-    return Job(
+    job = Job(
         model=model,
         topology=topology,
         frames=clip.frames,
@@ -114,6 +111,32 @@ def read_job(config: Any, topology: Topology) -> Job:
         window=tuple(config.edit.window),
         train_window=config.train.window,
     )
+    return job.replace(remat=_choose_remat(job)) if job.remat == "auto" else job
+
+
+def _choose_remat(job: Job) -> str:
+    """As `Trainer` chooses it on a chip with this memory."""
+    dtype, factor = getattr(jnp, job.dtype), job.model.vae.downsampling
+    _, trained, frozen = nnx.split(
+        weights.abstract(UNet, job.model.unet, dtype), train_step.trainable_filter(job.trainable), ...
+    )
+    parameters, others = (sum(x.size for x in jax.tree.leaves(part)) for part in (trained, frozen))
+    shape = sharding.mesh_shape(job.mesh, job.topology.chips, job.frames)
+    itemsize = jnp.dtype(dtype).itemsize
+    estimator = memory.Estimator(
+        job.model.unet,
+        job.model.vae,
+        (parameters + others) * itemsize,
+        itemsize,
+        AbstractMesh(shape, ("data", "frames")),
+    )
+    latents = jax.ShapeDtypeStruct((1, job.frames, job.height // factor, job.width // factor, 4), dtype)
+    options = {"fsdp": job.fsdp, "window": job.train_window if job.train_window < job.frames else 0}
+
+    def estimate(remat: str) -> memory.Workload:
+        return estimator.tuning(latents, parameters, remat=remat, **options)
+
+    return memory.choose_remat(estimate, job.topology.chip.hbm, memory.MARGIN)
 
 
 def _model_shapes(config: Any) -> ModelShapes:

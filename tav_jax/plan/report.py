@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from tav_jax.config import CHOICES
+from tav_jax.config import Remat
 from tav_jax.plan.chips import GIB, topologies_of
 from tav_jax.plan.compile import Report, ReportCache, optimization_level
 from tav_jax.plan.programs import Job
 
 # ------------------------------------------------------------------------------------------------------------ changes
 
-REMAT = CHOICES["train.remat"]  # from most memory to least
+REMAT = get_args(Remat)  # from most memory to least
 MAX_COMPILATIONS = 3  # for each kind of change
 
 

@@ -160,7 +160,7 @@ def summary(run: Run, trainer: Trainer, clip: Clip, first: int) -> str:
     return (
         f"{action}: {trainer.parameters / 1e6:.2f} M of {total / 1e6:.2f} M parameters, "
         f"{frames} frames of {height}×{width}, {c.model.dtype} on {jax.devices()[0].device_kind}, about "
-        f"{needed / 2**30:.2f} GiB of its memory; results go to {run.directory}.\n"
+        f"{needed / 2**30:.2f} GiB of its memory with remat {trainer.remat}; results go to {run.directory}.\n"
         f"{coverage(clip, c.clip.start, c.clip.stride)}"
     )
 

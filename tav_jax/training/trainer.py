@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tav_jax.config import TRAINABLE, remat_name
-from tav_jax.distributed import memory, sharding
+from tav_jax.distributed import memory, processes, sharding
 from tav_jax.io import validation
 from tav_jax.io.progress import MeanLoss, progress_bar
 from tav_jax.models import Conditioning
@@ -36,13 +36,13 @@ class Trainer:
         hyper: Hyperparameters,
         seed: Any = 33,
         trainable: Sequence[str] = TRAINABLE,
-        remat: str | bool = "block",
+        remat: str | bool = "auto",
         fsdp: bool = False,
         window: int = 0,
     ):
         """Start from the pipeline's weights. With `fsdp` the state is sharded over all devices. `window`: the frames of
-        a random window that each step trains on; 0: all."""
-        remat = remat_name(remat)
+        a random window that each step trains on; 0: all. `remat`: see `models/remat.py`; with "auto", the choice is
+        the attribute `remat`."""
         train_step.check_trainable(tav.components.unet, trainable)
         self.tav, self.data, self.trainable, self.key = tav, data, trainable, validation.random_key(seed)
         self.graph, params, self.frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
@@ -51,13 +51,19 @@ class Trainer:
             "alphas_cumprod": jnp.asarray(tav.schedule.alphas_cumprod),
             "hyper": Hyperparameters(*(jnp.float32(x) for x in hyper)),
             "prediction": tav.schedule.prediction,
-            "remat": remat,
             "fsdp": fsdp,
         }
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
         self.window = validation.training_window(window, data[0].shape[1])
-        options = {"remat": remat, "fsdp": fsdp, "window": self.window}
-        self.workload = tav.memory_estimator.tuning(data[0], self.parameters, **options)
+
+        def workload(remat: str) -> memory.Workload:
+            options = {"remat": remat, "fsdp": fsdp, "window": self.window}
+            return tav.memory_estimator.tuning(data[0], self.parameters, **options)
+
+        if (remat := remat_name(remat)) == "auto":
+            remat = memory.choose_remat(workload, memory.capacity(), memory.margin(), processes.any_process)
+        self.remat = self.arguments["remat"] = remat
+        self.workload = workload(remat)
         with memory.checked(self.workload):
             self.state = sharding.device_put(TrainState.create(params), tav.mesh, fsdp=fsdp)
 
