@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from conftest import difference
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from tav_jax.config import TRAINABLE
 from tav_jax.io import diffusers_layout, weights
 from tav_jax.kernels import full_attention
 from tav_jax.kernels.attention import key_frames
 from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
-from tav_jax.models.attention import Attention, FeedForward, gelu
+from tav_jax.models.attention import Attention, FeedForward, TransformerBlock, gelu
 from tav_jax.models.norms import group_norm, layer_norm
+from tav_jax.models.remat import policy
 from tav_jax.models.resnet import resize_nearest
 from tav_jax.models.unet import timestep_embedding
 from tav_jax.training.train_step import trainable_filter
@@ -121,6 +123,30 @@ def test_the_gelu_is_not_computed_by_erfc():
     """Which is several times as expensive on a TPU."""
     x = jnp.zeros(8, jnp.bfloat16)
     assert "erfc" not in str(jax.make_jaxpr(lambda x: jax.jvp(gelu, (x,), (x,)))(x))
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 1), ("products", 1), ("attention", 1), ("block", 2)])
+def test_only_block_remat_runs_the_forward_kernel_twice(remat, calls):
+    kinds = {"spatial_attention": "sparse-causal", "temporal_attention": True, "kernel": "interpret"}
+    layer = TransformerBlock(8, 12, 2, **kinds, controlled=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, weights = nnx.split(layer)
+
+    def loss(weights, x):
+        return policy(remat).block(nnx.merge(graph, weights), x, Conditioning(jnp.ones((1, 7, 12)))).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(weights, jnp.ones((1, 3, 4, 8)))
+    assert list(used_kernels(jaxpr.jaxpr)).count("sparse_causal_forward") == calls
+
+
+def used_kernels(jaxpr):
+    """The names of the kernels whose results are used: XLA removes the others."""
+    used = {id(x) for eqn in jaxpr.eqns for x in eqn.invars} | {id(x) for x in jaxpr.outvars}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield from [eqn.params["name"]] * any(id(x) in used for x in eqn.outvars)
+        else:
+            for inner in jaxprs_in_params(eqn.params):
+                yield from used_kernels(inner)
 
 
 @pytest.mark.parametrize(("size", "out"), [((4, 4), (8, 8)), ((4, 3), (7, 5)), ((5, 9), (9, 17)), ((2, 2), (3, 4))])

@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from tav_jax.config import Kernel, SpatialAttention, check_choice
 from tav_jax.distributed.sharding import CLIP, map_shards, mesh_axes
 from tav_jax.errors import InputError
-from tav_jax.kernels.sparse_causal import fits, sparse_causal
+from tav_jax.kernels.sparse_causal import RESIDUALS, fits, sparse_causal
 
 EVERYWHERE = ("cpu", "gpu", "tpu")
 RUNS_ON = {"plain": EVERYWHERE, "fused": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",), "interpret": EVERYWHERE}
@@ -38,6 +39,8 @@ MIN_KERNEL_TOKENS = 512
 # The scores of all frames would be the largest array of the network (2 GB a frame at 512²). They are computed for as
 # many frames at a time as fit into this size, and recomputed in the backward pass.
 MAX_SCORE_BYTES = 2**30
+
+OUTPUT = "attention"  # the `checkpoint_name` of the result, where it is not one of a kernel's residuals
 
 SPLASH_LANES, SPLASH_BLOCK = 128, 1024
 
@@ -85,7 +88,7 @@ def full_attention(
     else:
         attend = jax.checkpoint(lambda qkv: jax.nn.dot_product_attention(*qkv, mask=mask))
         out = jax.lax.map(attend, (q, k, v), batch_size=batch_size)
-    return out.reshape(shape)
+    return checkpoint_name(out.reshape(shape), OUTPUT)
 
 
 def key_frames(x: Float[Array, "B F T N D"], attention: SpatialAttention) -> Float[Array, "B F S N D"]:
@@ -149,7 +152,8 @@ def splash(
         use_fused_bwd_kernel=True,
     )
     mask = sa.MultiHeadMask([sa.FullMask((queries, keys))] * n)
-    kernel = sa.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    names: Any = {"residual_checkpoint_name": RESIDUALS}
+    kernel = sa.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret, **names)
     # Padded keys have another segment id, so that no query attends to them.
     segments = sa.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=jnp.asarray((np.arange(keys) >= s).astype(np.int32)))
     scaled = (to_heads(q, queries) / math.sqrt(d)).astype(q.dtype)  # splash attention does not scale

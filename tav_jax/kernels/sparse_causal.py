@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 LANES = 128
+RESIDUALS = "kernel"  # the `checkpoint_name` of what a kernel's backward pass needs of its forward pass
 BLOCK = 512  # queries and keys at a time, at most: a tile of scores is 1 MiB
 VMEM = 96 * 2**20  # limit, of 128 MiB on v5e and v6e
 
@@ -249,7 +251,8 @@ def _attention(options: Options, offset, q, k, v, first, halo):
 
 
 def _attention_fwd(options: Options, offset, q, k, v, first, halo):
-    out, lse = _run_forward(options, offset, q, k, v, first, halo)
+    # Named here, because a policy that keeps only the result would run the kernel again for `lse`.
+    out, lse = (checkpoint_name(x, RESIDUALS) for x in _run_forward(options, offset, q, k, v, first, halo))
     return out, (offset, q, k, v, first, halo, out, lse)
 
 

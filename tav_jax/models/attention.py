@@ -17,7 +17,6 @@ from tav_jax.kernels import frame_attention, full_attention
 from tav_jax.models.conditioning import Conditioning
 from tav_jax.models.controls import AttentionControls, controlled_cross_attention, take_from_source
 from tav_jax.models.norms import group_norm, layer_norm
-from tav_jax.models.remat import checkpoint_attention
 from tav_jax.models.resnet import Conv
 
 # torch's default for a linear layer: uniform in ±1/√fan_in, which has a third of the variance of Flax's default.
@@ -43,7 +42,7 @@ class Attention(nnx.Module):
         return tuple(y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads) for y in projected)
 
     def output(self, x: Float[Array, "*b T N D"]) -> Float[Array, "*b T c"]:
-        return self.to_out[0](checkpoint_attention(x.reshape(*x.shape[:-2], -1)))
+        return self.to_out[0](x.reshape(*x.shape[:-2], -1))
 
     def spatial(
         self,

@@ -3,7 +3,7 @@
 | name        | kept                                                          | recomputed                 |
 |-------------|---------------------------------------------------------------|----------------------------|
 | `none`      | everything                                                    | nothing                    |
-| `products`  | block inputs, results of convolutions and linear layers       | norms, attention scores    |
+| `products`  | block inputs, results of convolutions, linear layers, kernels | norms, attention scores    |
 | `attention` | block inputs and attention outputs                            | the rest of each block     |
 | `block`     | block inputs (a block is one resnet or one transformer)       | each block, once           |
 | `level`     | inputs of each level, and the skip connections                | each block, twice          |
@@ -16,11 +16,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from tav_jax.config import remat_name
-
-ATTENTION = "attention"  # the `checkpoint_name` of attention outputs
+from tav_jax.kernels import OUTPUT, RESIDUALS
 
 Run = Callable[..., Any]  # run(block, *arrays, **static) computes block(*arrays, **static)
 
@@ -38,12 +36,8 @@ def policy(remat: str | bool) -> Remat:
         return Remat(_call, _call)
     if name == "level":
         return Remat(_remat(None), _remat(None))
-    attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    attention = jax.checkpoint_policies.save_only_these_names(OUTPUT, RESIDUALS)
     return Remat(_remat({"products": _is_linear, "attention": attention, "block": None}[name]), _call)
-
-
-def checkpoint_attention(x: jax.Array) -> jax.Array:
-    return checkpoint_name(x, ATTENTION)
 
 
 def _call(block: Callable[..., Any], *args: Any, **static: Any) -> Any:
@@ -59,6 +53,9 @@ def _remat(saveable: Callable[..., bool] | None) -> Run:
 
 
 def _is_linear(primitive, *args, **parameters) -> bool:
-    """Products of weights and activations, but not those of attention, which have batch dimensions (the heads)."""
-    is_dot = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or is_dot(primitive, *args, **parameters)
+    """Products of weights and activations, but not those of attention, which have batch dimensions (the heads); and
+    what a kernel's backward pass needs, so that its forward pass runs once."""
+    policies = jax.checkpoint_policies
+    of_kernel = policies.save_only_these_names(RESIDUALS)(primitive, *args, **parameters)
+    is_dot = policies.dots_with_no_batch_dims_saveable(primitive, *args, **parameters)
+    return primitive.name == "conv_general_dilated" or is_dot or of_kernel
