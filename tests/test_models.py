@@ -17,6 +17,7 @@ from tav_jax.io import diffusers_layout, weights
 from tav_jax.kernels import full_attention
 from tav_jax.kernels.attention import key_frames
 from tav_jax.models import VAE, ClipText, ClipTextConfig, Conditioning, UNet, UNetConfig, VAEConfig
+from tav_jax.models.arguments import FlatTree, Static, unwrap
 from tav_jax.models.attention import Attention, FeedForward, TransformerBlock, gelu
 from tav_jax.models.norms import group_norm, layer_norm
 from tav_jax.models.remat import policy
@@ -136,6 +137,29 @@ def test_only_block_remat_runs_the_forward_kernel_twice(remat, calls):
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(weights, jnp.ones((1, 3, 4, 8)))
     assert list(used_kernels(jaxpr.jaxpr)).count("sparse_causal_forward") == calls
+
+
+def test_a_flat_module_is_hashed_once_and_compiled_once():
+    class Options:
+        hashed = 0
+
+        def __hash__(self) -> int:
+            Options.hashed += 1
+            return 1
+
+        def __eq__(self, other) -> bool:
+            return isinstance(other, Options)
+
+    def layer(seed: int) -> FeedForward:
+        return FeedForward(8, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+
+    call = jax.jit(lambda options, module, x: unwrap(module)(x), static_argnums=0)
+    x, options, module = jnp.ones((2, 8)), Static(Options()), FlatTree(layer(0))
+    for _ in range(3):
+        assert np.array_equal(call(options, module, x), jax.jit(layer(0))(x))
+    assert Options.hashed == 1
+    assert np.array_equal(call(Static(Options()), FlatTree(layer(1)), x), jax.jit(layer(1))(x))
+    assert call._cache_size() == 1
 
 
 def used_kernels(jaxpr):

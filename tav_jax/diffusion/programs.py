@@ -23,6 +23,7 @@ from tav_jax.diffusion.windows import Window, sliding_windows
 from tav_jax.distributed import sharding
 from tav_jax.distributed.sharding import REPLICATED, ROWS, constrain
 from tav_jax.models import VAE, ClipText, Conditioning, UNet
+from tav_jax.models.arguments import FlatTree, unwrap
 
 VAE_PIXELS = 4 * 512 * 512  # that the VAE processes at a time: few enough that the UNet determines the peak memory
 
@@ -119,7 +120,7 @@ def _constrain_state(state: Any) -> Any:
 @jax.jit(static_argnames=("use_guidance", "window", "feature_reuse"))
 def empty_cache(unet: Any, state: LoopState, conditioning, steps: Steps, guidance, editing, **options: Any) -> Any:
     """The denoiser's carry before the first step, with zeros for cached features; step 0 does not read them."""
-    denoise, _ = _denoiser(unet, conditioning, guidance, editing, **options)
+    denoise, _ = _denoiser(unwrap(unet), conditioning, guidance, editing, **options)
     step = jax.tree.map(lambda values: values[0], steps)
     _, carry = jax.eval_shape(denoise, state.latents, step, state.denoiser)
     return _constrain_state(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry))
@@ -154,12 +155,13 @@ def denoise_loop(
 ) -> tuple[LoopState, jax.Array | None]:
     """Sampling or inversion steps: the state of the loop and, with `trajectory`, the latents after each step.
 
-    `unet` is a `UNet`, or a module that wraps one and has the same call. With guidance, `conditioning` has the rows
-    [unconditional; conditional], twice as many as the latents; with `editing`, a row for the source before them. With
-    `fixed_point`, each step is iterated, see `inversion.py`. `window` and `feature_reuse`: see `windows.py` and
-    `feature_reuse.py`.
+    `unet` is a `UNet`, or a module that wraps one and has the same call; or a `FlatTree` of it. With guidance,
+    `conditioning` has the rows [unconditional; conditional], twice as many as the latents; with `editing`, a row for
+    the source before them. With `fixed_point`, each step is iterated, see `inversion.py`. `window` and `feature_reuse`:
+    see `windows.py` and `feature_reuse.py`.
     """
     options: dict[str, Any] = {"use_guidance": use_guidance, "window": window, "feature_reuse": feature_reuse}
+    unet = unwrap(unet)
     denoise, after_step = _denoiser(unet, conditioning, guidance, editing, **options)
     if fixed_point:
         denoise = fixed_point_iteration(denoise, prediction)
@@ -196,6 +198,7 @@ def run_denoise_loop(
     elif iterations > 1:
         carry = FixedPointState.initial(iterations, len(steps.timestep))
     state, paths, done = LoopState(sampler.init(latents), carry), [], 0
+    unet = FlatTree(unet)  # flattened and hashed once, not in every call
     if feature_reuse > 1:
         state = state._replace(denoiser=empty_cache(unet, state, conditioning, steps, scale, editing, **network))
     for part in in_chunks(steps, chunk or len(steps.timestep)):

@@ -25,9 +25,9 @@ LIMITS = (CGROUP / "memory.max", CGROUP / "memory/memory.limit_in_bytes")  # of 
 OVERRIDE = "TAV_MEMORY_GIB"  # environment variable: the memory of one device
 GIB = 2**30
 
-# What a program takes, relative to its estimate, at most. Stable Diffusion's training steps, compiled for TPUs, take 1.08
-# to 1.48 times the estimate, and 1.17 without remat (benchmarks/TPU_PLAN.md). A CPU's memory is shared with other
-# programs, and with the compiler.
+# What a program takes relative to its estimate, at most. Stable Diffusion's training steps, compiled for TPUs, take
+# 1.08 to 1.48 times the estimate, and 1.17 times without remat (benchmarks/TPU_PLAN.md). A CPU's memory is shared with
+# other programs, and with the compiler.
 MARGIN, CPU_MARGIN = 1.5, 3.0
 
 # What remat policies store, relative to the inputs of all blocks: without remat, all intermediates, which are about 30

@@ -20,6 +20,7 @@ from tav_jax.diffusion.windows import input_frames, input_mask
 from tav_jax.distributed.sharding import constrain_fsdp
 from tav_jax.errors import InputError, join_names
 from tav_jax.models import Conditioning, UNet
+from tav_jax.models.arguments import FlatTree, Static, merge
 
 
 def trainable_filter(names: Sequence[str] = TRAINABLE) -> Callable[..., bool]:
@@ -145,9 +146,9 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(
-    graph: nnx.GraphDef,
+    graph: nnx.GraphDef | Static,
     state: TrainState,
-    frozen: nnx.State,
+    frozen: nnx.State | FlatTree,
     example: TrainExample,
     conditioning: Conditioning,
     alphas_cumprod: Float[Array, "train_timesteps"],
@@ -161,7 +162,7 @@ def train_step(
     sharded over all devices, like the old one."""
 
     def loss(params):
-        unet = nnx.merge(graph, params, frozen)
+        unet = merge(graph, params, frozen)
         return diffusion_loss(unet, example, conditioning, alphas_cumprod, prediction, remat=remat)
 
     value, grads = jax.value_and_grad(loss)(state.params)

@@ -14,6 +14,7 @@ from tav_jax.distributed import memory, processes, sharding
 from tav_jax.io import validation
 from tav_jax.io.progress import MeanLoss, progress_bar
 from tav_jax.models import Conditioning
+from tav_jax.models.arguments import FlatTree, Static
 from tav_jax.training import nonfinite, train_step
 from tav_jax.training.train_step import Hyperparameters, Posterior, Replay, StepMetrics, TrainState, trainable_filter
 
@@ -45,7 +46,8 @@ class Trainer:
         the attribute `remat`."""
         train_step.check_trainable(tav.components.unet, trainable)
         self.tav, self.data, self.trainable, self.key = tav, data, trainable, validation.random_key(seed)
-        self.graph, params, self.frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
+        graph, params, frozen = nnx.split(tav.components.unet, trainable_filter(trainable), ...)
+        self.graph, self.frozen = Static(graph), FlatTree(frozen)  # flattened and hashed once, not in every step
         self.arguments: dict[str, Any] = {
             "conditioning": Conditioning(text),
             "alphas_cumprod": jnp.asarray(tav.schedule.alphas_cumprod),
