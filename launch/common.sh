@@ -3,6 +3,7 @@
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 NAME=tav ZONE="" TYPE="" PROJECT="" SPOT="" DRY_RUN="" REST=()
+MACHINE=() # options of gcloud for a new TPU VM
 
 fail() {
   echo "$(basename "$0"): $*" >&2
@@ -18,6 +19,7 @@ options() {
       --) REST=("$@"); break ;;
       --dry-run) DRY_RUN=yes; continue ;;
       --spot) SPOT=yes; continue ;;
+      --reserved) MACHINE+=(--reserved); continue ;;
       --help | -h) usage; exit 0 ;;
       --*=*) value=${option#*=} option=${option%%=*} ;;
       --*) [ $# -gt 0 ] || fail "$option needs a value"; value=$1; shift ;;
@@ -28,6 +30,7 @@ options() {
       --zone) ZONE=$value ;;
       --type) TYPE=$value ;;
       --project) PROJECT=$value ;;
+      --network | --subnetwork | --service-account) MACHINE+=("$option=$value") ;;
       *) more_options "$option" "$value" || fail "$option is not an option; --help lists them" ;;
     esac
   done

@@ -10,7 +10,8 @@ launch/gke.sh --type=v5e-8 --zone=us-west4-a --cluster=NAME --image=REGION-docke
               [--name=tav] [--build=yes] [--restarts=100] [--project=ID] [--dry-run] -- train --config=… --workdir=gs://…
 
   --build      build launch/Dockerfile and push it to --image first
-  --restarts   how often the cluster may restart the job
+  --restarts   how often the cluster may restart the job: after a preemption, a stop by SIGTERM (status 75), an error that
+               is not one of the command line (status 1), or a death of a worker
 TEXT
 }
 
@@ -42,5 +43,5 @@ if [ -n "$BUILD" ]; then
   run docker push "$IMAGE"
 fi
 run xpk workload create --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$ACCELERATOR" --num-slices=1 \
-  --docker-image="$IMAGE" --max-restarts="$RESTARTS" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} \
-  --command="tav $(quoted "${REST[@]}")"
+  --docker-image="$IMAGE" --max-restarts="$RESTARTS" --restart-on-exit-codes=75,1 --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} \
+  --command="exec tav $(quoted "${REST[@]}")"

@@ -4,7 +4,9 @@
 #
 #   TAV_SOURCE    an archive of the checkout, local or in a bucket, or any pip requirement
 #   TAV_COMMAND   the arguments of `tav`, as one shell line; empty to install only
-#   TAV_FINISHED  a bucket path that is written when the command has succeeded
+#   TAV_FINISHED  a bucket path to which the log is written when the command has succeeded
+#   TAV_FAILED    a bucket path to which the log is written when it has failed: with status 2 (wrong options) at once,
+#                 otherwise at the third time
 set -euo pipefail
 export HOME=${HOME:-/root}
 export PATH=$HOME/.local/bin:$PATH
@@ -25,9 +27,29 @@ else
 fi
 export PATH=$VENV/bin:$PATH
 
-if [ -n "${TAV_COMMAND:-}" ]; then
-  eval "tav $TAV_COMMAND"
-  if [ -n "${TAV_FINISHED:-}" ]; then
-    gcloud storage cp - "$TAV_FINISHED" <<<"$(date -u)" # not a pipe, which would fail if gcloud stopped reading
+# A startup script gets no SIGTERM when the VM stops (its service has KillMode=process), so `tav` runs in a unit of its
+# own, which stops before the network does.
+tav_unit() {
+  local unit=()
+  if [ "$(ps -p 1 -o comm=)" = systemd ] && [ "$(id -u)" = 0 ]; then
+    unit=(systemd-run --unit=tav --collect --wait --pipe --property=After=network-online.target --property=TimeoutStopSec=300)
+    unit+=(--setenv=HOME="$HOME" --setenv=PATH="$PATH" --setenv=TAV_WAIT="$TAV_WAIT")
   fi
+  "${unit[@]}" bash -c "exec tav $TAV_COMMAND"
+}
+
+if [ -n "${TAV_COMMAND:-}" ]; then
+  LOG=$HOME/tav.log
+  for attempt in 1 2 3; do
+    STATUS=0
+    tav_unit > >(tee "$LOG") 2>&1 || STATUS=$?
+    case $STATUS in
+      0) ${TAV_FINISHED:+gcloud storage cp "$LOG" "$TAV_FINISHED"}; exit ;;
+      75) exit 75 ;; # stopped by SIGTERM: the VM is going down
+      2) break ;;
+    esac
+    echo "tav exited with status $STATUS, attempt $attempt of 3" >&2
+  done
+  ${TAV_FAILED:+gcloud storage cp "$LOG" "$TAV_FAILED"}
+  exit "$STATUS"
 fi

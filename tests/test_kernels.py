@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +112,23 @@ def test_shapes_that_fit_the_kernel():
 # -------------------------------------------------------------------------------------------- choosing a kernel
 
 
-@pytest.mark.parametrize(("platform", "kernel"), [("tpu", "fused"), ("gpu", "cudnn"), ("cpu", "plain")])
-def test_the_default_kernel_of_each_platform(platform, kernel):
-    assert kernels.choose_kernel("auto", platform) == kernel
-    assert kernels.choose_kernel("plain", platform) == "plain"
+@pytest.mark.parametrize(
+    ("platform", "capability", "kernel"),
+    [
+        *(("tpu", "", "fused"), ("cpu", "", "plain")),
+        *(("gpu", "9.0", "cudnn"), ("gpu", "8.0", "cudnn"), ("gpu", "10.3", "cudnn")),
+        *(("gpu", "7.5", "plain"), ("gpu", "gfx90a", "plain")),
+    ],
+)
+def test_the_default_kernel_of_each_platform(platform, capability, kernel):
+    device = SimpleNamespace(compute_capability=capability)
+    assert kernels.choose_kernel("auto", platform, device) == kernel
+    assert kernels.choose_kernel("plain", platform, device) == "plain"
+
+
+def test_cudnn_attention_is_refused_on_gpus_that_do_not_have_it():
+    with pytest.raises(InputError, match=r"compute capability 8\.0 or higher, such as an A100, and this one has 7\.5"):
+        kernels.choose_kernel("cudnn", "gpu", SimpleNamespace(compute_capability="7.5"))
 
 
 def test_a_kernel_of_another_platform_is_refused(sd1):

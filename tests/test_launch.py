@@ -1,6 +1,8 @@
 """The launch scripts, executed with stand-ins for gcloud, xpk, docker and uv that record their arguments."""
 
+import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -145,12 +147,8 @@ def test_queued_requests_a_preempted_slice_again_until_the_run_has_finished(mach
 
     # A worker can run the startup script: it fetches, installs, runs the command, and writes the finished mark.
     (machine.root / "calls").unlink()
-    machine.answer("cp", ': > "$HOME/tav_jax.tar.gz"')
+    machine.answer("cp", 'case "$4" in *.gz) : > "$HOME/tav_jax.tar.gz";; esac')
     machine.answer("venv", 'mkdir -p "${@: -1}/bin"; ln -sf "$(command -v tav)" "${@: -1}/bin/python"')
-    (machine.bin / "date").write_text(
-        "#!/bin/sh\nsleep 0.3; echo now\n"
-    )  # slower than a gcloud that does not read its input
-    (machine.bin / "date").chmod(0o755)
     done = machine(machine.root / "startup")
     assert done.returncode == 0, done.stderr
     calls = machine.calls
@@ -159,16 +157,58 @@ def test_queued_requests_a_preempted_slice_again_until_the_run_has_finished(mach
     assert calls[2][:3] == ["uv", "pip", "install"]
     assert calls[2][-1] == f"tav_jax[tpu] @ file://{machine.root}/tav_jax.tar.gz"
     assert calls[3] == ["tav", *words]
-    assert calls[4] == ["gcloud", "storage", "cp", "-", "gs://b/place/ski.finished"]
+    assert calls[4] == ["gcloud", "storage", "cp", f"{machine.root}/tav.log", "gs://b/place/ski.finished"]
 
 
-def test_a_failed_run_writes_no_finished_mark(machine):
+@pytest.mark.parametrize(("status", "attempts", "mark"), [(3, 3, True), (2, 1, True), (75, 1, False)])
+def test_a_failed_run_is_repeated_and_then_leaves_its_log_as_a_mark(machine, status, attempts, mark):
     machine.answer("venv", 'mkdir -p "${@: -1}/bin"; ln -sf "$(command -v tav)" "${@: -1}/bin/python"')
-    machine.answer("train", "exit 3")
-    done = machine("on_vm.sh", TAV_SOURCE="tav_jax[tpu]", TAV_COMMAND="train", TAV_FINISHED="gs://b/mark")
-    assert done.returncode == 3
-    assert machine.calls[-1] == ["tav", "train"]
+    machine.answer("train", f"echo 'what went wrong'; exit {status}")
+    marks = {"TAV_FINISHED": "gs://b/finished", "TAV_FAILED": "gs://b/failed"}
+    done = machine("on_vm.sh", TAV_SOURCE="tav_jax[tpu]", TAV_COMMAND="train", **marks)
+    assert done.returncode == status
     assert machine.calls[1][-1] == "tav_jax[tpu]"
+    copy = ["gcloud", "storage", "cp", f"{machine.root}/tav.log", "gs://b/failed"]
+    assert machine.calls[2:] == [["tav", "train"]] * attempts + [copy] * mark
+    assert (machine.root / "tav.log").read_text() == "what went wrong\n"
+
+
+def test_under_systemd_the_command_is_a_unit_that_gets_sigterm(machine):
+    machine.answer("venv", 'mkdir -p "${@: -1}/bin"; ln -sf "$(command -v tav)" "${@: -1}/bin/python"')
+    for tool, script in (("ps", "echo systemd"), ("id", "echo 0"), ("systemd-run", '"${@: -3}"')):
+        (machine.bin / tool).write_text(STAND_IN.replace("exit 0", script))
+        (machine.bin / tool).chmod(0o755)
+    words = ["train", "--config.clip.prompt=a 'man' is $HOME"]
+    line = " ".join(map(shlex.quote, words))
+    assert machine("on_vm.sh", TAV_SOURCE="tav_jax[tpu]", TAV_COMMAND=line).returncode == 0
+    unit = next(call for call in machine.calls if call[0] == "systemd-run")
+    assert {"--wait", "--pipe", "--property=After=network-online.target", f"--setenv=HOME={machine.root}"} <= set(unit)
+    assert machine.calls[-1] == ["tav", *words]
+
+
+def test_queued_stops_after_a_failed_run_and_after_its_time(machine):
+    machine.answer("describe", "echo ACTIVE")
+    machine.answer("ls", 'case "$3" in *.failed) [ -f "$ANSWERS/has_failed" ] || exit 1;; *) exit 1;; esac')
+    machine.answer("cat", "echo the last line of the log")
+    (machine.root / "has_failed").touch()
+    words = ("--watch=1", "--network=n", "--service-account=a@b", "--reserved", "--", "train", "--workdir=gs://b/run")
+    done = machine("queued.sh", *QUEUED, *words)
+    assert done.returncode == 1
+    assert "The run has failed. Its log is gs://b/place/ski.failed" in done.stderr
+    assert "the last line of the log" in done.stderr
+    verbs = [call[4] for call in machine.calls if call[3] == "queued-resources"]
+    assert verbs == ["create", "delete"]
+    create = next(call for call in machine.calls if "create" in call)
+    assert {"--network=n", "--service-account=a@b", "--reserved"} <= set(create)
+
+    (machine.root / "has_failed").unlink()
+    (machine.bin / "sleep").write_text("#!/bin/sh\n")
+    (machine.bin / "sleep").chmod(0o755)
+    done = machine("queued.sh", *QUEUED, "--hours=1", "--watch=1200", "--", "train", "--workdir=gs://b/run")
+    assert done.returncode == 1
+    assert "allocated for 1 h" in done.stderr
+    verbs = [call[4] for call in machine.calls if call[3] == "queued-resources"]
+    assert verbs[2:] == ["create", "describe", "describe", "describe", "delete"]
 
 
 def test_gke_builds_and_pushes_the_image_and_creates_an_xpk_workload(machine):
@@ -180,11 +220,27 @@ def test_gke_builds_and_pushes_the_image_and_creates_an_xpk_workload(machine):
     assert push == ["docker", "push", "i/t"]
     assert job[:3] == ["xpk", "workload", "create"]
     options = dict(word.removeprefix("--").split("=", 1) for word in job[3:])
-    assert options.pop("command").strip() == r"tav train --config.clip.prompt=a\ man\ is\ skiing --workdir=gs://b/run"
+    assert (
+        options.pop("command").strip() == r"exec tav train --config.clip.prompt=a\ man\ is\ skiing --workdir=gs://b/run"
+    )
     assert options == {
         "cluster": "c", "workload": "ski", "tpu-type": "v6e-8", "num-slices": "1", "docker-image": "i/t",
-        "max-restarts": "100", "zone": "us-west4-a",
+        "max-restarts": "100", "restart-on-exit-codes": "75,1", "zone": "us-west4-a",
     }  # fmt: skip
+
+
+def test_xpk_accepts_the_line_and_restarts_on_these_codes(machine):
+    """With xpk's own parser: without the option it restarts on 42 and 127 to 255."""
+    core = pytest.importorskip("xpk.parser.core", reason="xpk is not installed", exc_type=ImportError)
+    from xpk.commands.workload import get_restart_exit_codes
+
+    parser = argparse.ArgumentParser()
+    core.set_parser(parser)
+    machine("gke.sh", "--type=v6e-8", *PLACE, "--cluster=c", "--image=i", "--", "train", "--workdir=gs://b/run")
+    given = parser.parse_args(machine.calls[-1][1:])
+    assert {1, 75, 134} <= set(get_restart_exit_codes(given))
+    assert not {0, 2} & set(get_restart_exit_codes(given))
+    assert given.command.strip() == "exec tav train --workdir=gs://b/run"
 
 
 COMMANDS = {
@@ -224,6 +280,7 @@ def test_a_dry_run_prints_the_commands_and_runs_none(machine, script):
         ("run.sh", [*PLACE, "--log=some"], "--log is 'some'; it must be follow or all"),
         ("queued.sh", ["--type=v5e-8", *PLACE, "--bucket=here", "--", "train"], "--bucket is 'here'"),
         ("queued.sh", [*QUEUED, "--watch=often", "--", "train"], "--watch is 'often'"),
+        ("queued.sh", [*QUEUED, "--hours=0", "--", "train"], "--hours is '0'"),
         ("queued.sh", [*QUEUED], "there is no command"),
         ("gke.sh", ["--type=v5e-8", *PLACE, "--image=i", "--", "train"], "--cluster is missing"),
         ("gke.sh", ["--type=v5e-8", *PLACE, "--cluster=c", "--", "train"], "--image is missing"),

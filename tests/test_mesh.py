@@ -1,10 +1,12 @@
 """Tuning, inversion and sampling on meshes of virtual devices equal one device."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def assert_same(ours: dict, theirs: dict) -> None:
         error = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
         assert error <= 1e-4, (name, error)
     assert np.abs(ours["frames"].astype(int) - theirs["frames"]).max() <= 1
+
+
+def test_neighbours_on_the_mesh_are_neighbours_on_the_network_of_a_tpu():
+    places = [(x, y, 0) for y in (0, 1) for x in (0, 1)]  # the order in which JAX lists a v5e-4, which is no ring
+    chip = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0, "process_index": 0}
+    devices = [SimpleNamespace(id=i, coords=place, **chip) for i, place in enumerate(places)]
+    [row] = sharding._device_grid((1, 4), devices)
+    steps = [sum(abs(a - b) for a, b in zip(x.coords, y.coords, strict=True)) for x, y in itertools.pairwise(row)]
+    assert steps == [1, 1, 1]
+    part = sharding._device_grid((1, 3), devices[:3])  # not a whole slice
+    assert part.tolist() == [devices[:3]]
 
 
 @pytest.mark.slow

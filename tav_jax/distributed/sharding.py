@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,8 +66,20 @@ def make_mesh(
         )
     if size == 1:
         return None
-    grid = np.array(devices[:size]).reshape(data, along_frames)
-    return Mesh(grid, ("data", "frames"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(
+        _device_grid((data, along_frames), devices[:size]),
+        ("data", "frames"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+    )
+
+
+def _device_grid(shape: tuple[int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in an order in which neighbours along an axis are neighbours on the chips' network, if there is one:
+    keys and values of the previous frame are sent to the next device."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):  # not a whole slice, or a shape without such an order
+        return np.array(devices).reshape(shape)
 
 
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ spatial attention:
 | `plain`     | everywhere | XLA                                                                                   |
 | `fused`     | TPU        | the Pallas kernel in `sparse_causal.py`, which reads the keys of both frames in place |
 | `splash`    | TPU        | JAX's splash attention on concatenated keys and values                                |
-| `cudnn`     | NVIDIA GPU | cuDNN's fused attention: 16-bit types, head size at most 128                          |
+| `cudnn`     | NVIDIA GPU | cuDNN's fused attention: from Ampere on, 16-bit types, head size at most 128          |
 | `interpret` | everywhere | the `fused` kernel in Pallas' interpreter: for tests, exact and very slow             |
 
 A shape that a kernel does not support is computed by XLA.
@@ -32,6 +32,7 @@ from tav_jax.kernels.sparse_causal import RESIDUALS, fits, sparse_causal
 EVERYWHERE = ("cpu", "gpu", "tpu")
 RUNS_ON = {"plain": EVERYWHERE, "fused": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",), "interpret": EVERYWHERE}
 FASTEST: dict[str, Kernel] = {"tpu": "fused", "gpu": "cudnn"}
+CUDNN_CAPABILITY = 8.0  # the lowest for which cuDNN has fused attention
 
 # With fewer tokens, the scores are small and most of a kernel's block would be padding.
 MIN_KERNEL_TOKENS = 512
@@ -45,10 +46,12 @@ OUTPUT = "attention"  # the `checkpoint_name` of the result, where it is not one
 SPLASH_LANES, SPLASH_BLOCK = 128, 1024
 
 
-def choose_kernel(name: str, platform: str) -> Kernel:
-    """The kernel to use on a platform: the fastest one for "auto", else the named one."""
+def choose_kernel(name: str, platform: str, device: Any = None) -> Kernel:
+    """The kernel to use on a platform: the fastest one for "auto", else the named one. `device`: one of the platform's,
+    by default the first one here."""
+    capability = _cuda_capability(device) if platform == "gpu" else CUDNN_CAPABILITY
     if name == "auto":
-        return FASTEST.get(platform, "plain")
+        return FASTEST.get(platform, "plain") if capability >= CUDNN_CAPABILITY else "plain"
     check_choice("model.kernel", name)
     if platform not in RUNS_ON[name]:
         supported = [kernel for kernel in RUNS_ON if platform in RUNS_ON[kernel] and kernel != "interpret"]
@@ -56,7 +59,20 @@ def choose_kernel(name: str, platform: str) -> Kernel:
             f"attention kernel {name!r} runs on {' and '.join(RUNS_ON[name])} only, and this is {platform}; use "
             f"auto or {' or '.join(supported)}"
         )
+    if name == "cudnn" and capability < CUDNN_CAPABILITY:
+        raise InputError(
+            f"attention kernel 'cudnn' needs an NVIDIA GPU of compute capability {CUDNN_CAPABILITY} or higher, such as "
+            f"an A100, and this one has {capability}; use auto or plain"
+        )
     return name  # pyright: ignore[reportReturnType]
+
+
+def _cuda_capability(device: Any) -> float:
+    """Of an NVIDIA GPU, such as 8.0; 0 for any other device."""
+    try:
+        return float((device or jax.local_devices()[0]).compute_capability)
+    except (AttributeError, ValueError):  # of AMD GPUs it is a name
+        return 0.0
 
 
 def attention_batch_size(queries: int, keys: int, heads: int) -> int:
