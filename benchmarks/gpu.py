@@ -69,7 +69,7 @@ ROWS = (
     ("ours plain block", "tune"),
 )
 TRAINABLE = ("attn1.to_q", "attn2.to_q", "attn_temp")
-STEPS, REPEAT = 10, 3  # steps of a timed run, and runs
+REPEAT = 3  # timed runs
 MAX_SECONDS = 300  # of a row
 
 Steps = Callable[[int], Any]  # runs so many steps and waits for the last one
@@ -307,8 +307,8 @@ def measure(variant: str, job: str, a: argparse.Namespace) -> dict[str, Any]:
     times = []
     for _ in range(REPEAT):
         begin = time.perf_counter()
-        run(STEPS)
-        times.append((time.perf_counter() - begin) / STEPS)
+        run(a.steps)
+        times.append((time.perf_counter() - begin) / a.steps)
     return {"seconds": statistics.median(times), "first": first, "peak": peak(), "tensors": tensors}
 
 
@@ -386,6 +386,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a timed run")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--out", type=Path, help="directory for rows.jsonl and table.md")
     parser.add_argument("--variants", nargs="+", choices=sorted({v for v, _ in ROWS}), help="only these variants")
@@ -398,7 +399,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.dry_run:
-        a.small, a.rounds, os.environ["JAX_PLATFORMS"] = True, 1, "cpu"
+        a.small, a.rounds, a.steps, os.environ["JAX_PLATFORMS"] = True, 1, 1, "cpu"
     if a.small:
         a.frames, a.pixels = 4, 64
     if a.count:

@@ -2,17 +2,25 @@
 
     pip install --target="$VIRTUAL_ENV/tpu-compiler" libtpu
     python benchmarks/kernels.py --topologies v5e:1x1 v6e:1x1 v5:2x2x1 > kernels.md
+    python benchmarks/kernels.py --topologies v5e:1x1 v6e:1x1 --shapes 4096x8x40 --schedule
 
 Temporaries are the compiler's. FLOPs and bytes are computed from the kernels' algorithms, because the compiler does not
 analyse kernels: every matrix product, and every block that a grid reads or writes, with the padding of its layout.
+
+With --schedule, the inner loops of the `fused` kernel in the compiler's own schedule: instruction bundles, one a cycle,
+for a tile of 512 queries and 512 keys, and FLOP/s relative to the peak (`Chip.kernels` in tav_jax/plan/chips.py).
 """
 
 import argparse
 import json
 import math
+import os
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tav_jax.plan import prepare_environment
@@ -21,11 +29,12 @@ prepare_environment()
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tav_jax.kernels import frame_attention
 from tav_jax.kernels.attention import SPLASH_BLOCK
+from tav_jax.kernels.sparse_causal import _padding
+from tav_jax.plan.chips import CHIPS, Chip, Topology
 
 KERNELS = ("plain", "splash", "fused")
 
@@ -94,6 +103,46 @@ def compiled(kernel: str, way: str, shape: Shape, frames: int, device: Any) -> d
     }
 
 
+def target(topology: str) -> tuple[Chip, Any]:
+    """The chip and a device of a topology by the compiler's name, such as v5e:1x1."""
+    name, _, layout = topology.partition(":")
+    chip = next(chip for chip in CHIPS.values() if chip.compiler_name == name)
+    return chip, Topology(chip, layout).devices()[0]
+
+
+def inner_loops(bundles: str) -> int:
+    """The bundles of the longest innermost loop of a kernel, from the compiler's listing: one bundle a line, with a `>`
+    for each loop around it, and LB where a loop begins."""
+    loops: list[tuple[str, int]] = []
+    for label, depth in re.findall(r"^\s*0x[0-9a-f]+\s+(\w\w)?\s*: (>*)", bundles, re.MULTILINE):
+        if label == "LB":
+            loops.append((depth, 0))
+        if loops and depth == loops[-1][0]:
+            loops[-1] = depth, loops[-1][1] + 1
+    deepest = max(len(depth) for depth, _ in loops)
+    return max(count for depth, count in loops if len(depth) == deepest)
+
+
+def schedule(a: argparse.Namespace) -> Iterator[str]:
+    """The dumps of the compiler are read, whose directory must be set before it is loaded."""
+    yield "| chip | tokens × heads × head size | kernel | bundles for 512² | at the peak | share of the peak |"
+    yield "|---|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        for topology in a.topologies:
+            chip, device = target(topology)
+            for text in a.shapes:
+                tokens, _, dim = map(int, text.split("x"))
+                before = set(Path(folder).iterdir())
+                compiled("fused", "gradient", Shape(tokens, 2, dim), 4, device)
+                for name, products in (("forward", 2), ("backward", 5)):
+                    files = set(Path(folder).glob(f"*sparse_causal_{name}*[0-9]-final_bundles.txt")) - before
+                    count = inner_loops(min(files).read_text()) * (512 / _padding(tokens)[1]) ** 2
+                    peak = products * 2 * 512**2 * dim / chip.flops * chip.clock if chip.clock else 0
+                    cells = (f"{count:.0f}", *((f"{peak:.0f}", f"{peak / count:.3f}") if peak else ("", "")))
+                    yield f"| {' | '.join((topology, text, name, *cells))} |"
+
+
 def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
     columns = ("chip", "tokens × heads × head size", "kernel", "pass", "temporaries, MiB", "GFLOP", "traffic, MiB")
     yield f"| {' | '.join((*columns, 'compiled in'))} |"
@@ -113,11 +162,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=["4096x8x40", "1024x8x80", "9216x5x64"])
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")
+    parser.add_argument("--schedule", action="store_true", help="the inner loops of the fused kernel")
     a = parser.parse_args(argv)
+    if a.schedule:
+        for line in schedule(a):
+            print(line, flush=True)
+        return 0
 
     def rows() -> Iterator[dict[str, Any]]:
         for topology in a.topologies:
-            device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+            _, device = target(topology)
             for text in a.shapes:
                 shape = Shape(*map(int, text.split("x")))
                 for kernel in KERNELS:

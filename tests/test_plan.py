@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from benchmarks import plan_sweep
-from tav_jax import config
+from tav_jax import config, plan
 from tav_jax.errors import InputError, MissingError
 from tav_jax.models import Conditioning, UNet, UNetConfig
 from tav_jax.plan import compile, hlo, prepare_environment
@@ -108,7 +109,13 @@ def without_libtpu(monkeypatch, tmp_path) -> Path:
 
 def test_the_error_without_libtpu_names_the_command_that_installs_it(without_libtpu):
     message = refusal(MissingError, prepare_environment)
-    assert message.endswith(f"libtpu is not installed; run `pip install --target='{without_libtpu}' libtpu`")
+    pinned = next(r.split(";")[0].strip() for r in metadata.requires("jax") or () if r.startswith("libtpu"))
+    assert pinned.startswith("libtpu==")
+    command = f"pip install --upgrade --target='{without_libtpu}' '{pinned}'"
+    assert message.endswith(f"libtpu is not installed; run `{command}`")
+    version = pinned.removeprefix("libtpu==").replace("*", "1")
+    assert plan.is_pinned_compiler(version)
+    assert not plan.is_pinned_compiler("9" + version)
 
 
 def test_libtpu_is_found_in_its_own_directory(without_libtpu):
@@ -174,6 +181,12 @@ def test_flops_of_a_kernel_come_from_its_cost_estimate_or_its_grid():
     assert flops(call, (8, 8)) == 3 * 2 * 8**3
     estimate = pl.CostEstimate(flops=77, bytes_accessed=0, transcendentals=0)
     assert flops(lambda x: call(x, cost_estimate=estimate), (8, 8)) == 77
+
+    # Of one kernel by its name, and with a schedule that is a quarter as fast as the chip's peak
+    named = jax.jit(lambda x: call(call(x, name="ours"), name="other")).trace(jnp.zeros((8, 8))).jaxpr
+    assert hlo.count_flops(named, {"ours"}) == hlo.count_flops(named) / 2 == 3 * 2 * 8**3
+    chip = parse_topology("v5e-1").chip._replace(flops=3 * 2 * 8**3, kernels=(("ours", 0.25),))
+    assert compile._kernel_seconds(named, chip) == 4 + 1
 
     def mixed(x):
         return jax.lax.scan(lambda x, _: (call(x) @ x, None), x, length=2)[0]

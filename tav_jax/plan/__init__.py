@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from tav_jax.errors import MissingError
@@ -24,9 +25,25 @@ ENVIRONMENT = {
 }
 
 
+def pinned_compiler() -> str:
+    """The requirement of the libtpu that `jax[tpu]` installs with this version of JAX: that of a run on a TPU."""
+    requirements = metadata.requires("jax") or []
+    return next((r.partition(";")[0].strip() for r in requirements if r.startswith("libtpu")), "libtpu")
+
+
+def is_pinned_compiler(version: str) -> bool:
+    """Whether this version of libtpu is the one that `jax[tpu]` installs."""
+    pinned = pinned_compiler().partition("==")[2]
+    return version == pinned or (pinned.endswith(".*") and version.startswith(pinned[:-1]))
+
+
 def compiler_directory() -> Path:
     """Where libtpu is installed if it is not in the environment itself, where JAX would start it in every process."""
     return Path(os.environ.get("TAV_TPU_COMPILER") or Path(sys.prefix, "tpu-compiler"))
+
+
+def install_command() -> str:
+    return f"pip install --upgrade --target={shlex.quote(str(compiler_directory()))} '{pinned_compiler()}'"
 
 
 def prepare_environment() -> None:
@@ -37,6 +54,6 @@ def prepare_environment() -> None:
         sys.path.append(str(directory))
         importlib.invalidate_caches()
     if importlib.util.find_spec("libtpu") is None:
-        fix = f"run `pip install --target={shlex.quote(str(directory))} libtpu`"
+        fix = f"run `{install_command()}`"
         raise MissingError(f"`tav plan` needs the TPU compiler, and libtpu is not installed; {fix}")
     os.environ.update(ENVIRONMENT)

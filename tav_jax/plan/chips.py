@@ -21,6 +21,8 @@ class Chip(NamedTuple):
     cores: int  # per chip; the number in a name such as v4-8 counts cores
     layouts: tuple[str, ...]
     clock: float | None = None  # cycles per second, if published
+    # FLOP/s of a kernel's inner loop in the compiler's schedule, relative to `flops`: benchmarks/kernels.py --schedule
+    kernels: tuple[tuple[str, float], ...] = ()
 
     @property
     def ring_bandwidth(self) -> float:
@@ -28,13 +30,14 @@ class Chip(NamedTuple):
         return 2 * self.link
 
 
+V5E_KERNELS = (("sparse_causal_forward", 0.309), ("sparse_causal_backward", 0.525))
 LAYOUTS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 LAYOUTS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", int(30.75 * GIB), 275e12, 1.2e12, 45e9, "v4", 2, LAYOUTS_3D, 1.05e9),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, LAYOUTS_2D, 1.5e9),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, "v5e", 1, LAYOUTS_2D, 1.5e9, V5E_KERNELS),
         Chip("v5p", int(95.73 * GIB), 459e12, 2.765e12, 90e9, "v5", 2, LAYOUTS_3D, 1.75e9),
         Chip("v6e", int(31.24 * GIB), 918e12, 1.64e12, 90e9, "v6e", 1, LAYOUTS_2D),
     )

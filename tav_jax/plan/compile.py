@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from tav_jax.plan import hlo
-from tav_jax.plan.chips import Topology
+from tav_jax.plan.chips import Chip, Topology
 from tav_jax.plan.programs import Job, Program, build_program, size
 
 
@@ -67,7 +67,7 @@ def compile_program(program: Program, topology: Topology) -> Report:
     with program.context:
         traced = program.function.trace(*program.arguments, **program.options)
         flops = hlo.count_flops(traced.jaxpr) / program.shards
-        kernel_flops = hlo.count_flops(traced.jaxpr, hlo.KERNELS) / program.shards
+        kernel_seconds = _kernel_seconds(traced.jaxpr, topology.chip) / program.shards
         lowered = traced.lower()
         traced_at = time.monotonic()
         values: dict[str, Any] = {"name": program.name, "steps": steps, "job_steps": program.job_steps, "flops": flops}
@@ -93,8 +93,8 @@ def compile_program(program: Program, topology: Topology) -> Report:
     }
     expected = 0.0
     if chip.clock and (cycles := hlo.estimated_cycles(text, steps)):
-        # The compiler does not estimate kernels and collectives: their lower bounds are added.
-        expected = (cycles / chip.clock + kernel_flops / chip.flops) / steps + seconds["interconnect"]
+        # The compiler does not estimate kernels, whose schedule is known, and collectives: their lower bound is added.
+        expected = (cycles / chip.clock + kernel_seconds) / steps + seconds["interconnect"]
     sizes = {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -104,6 +104,12 @@ def compile_program(program: Program, topology: Topology) -> Report:
     peak = program.beside_bytes + sum(sizes.values())
     values |= {**sizes, "fits": peak <= chip.hbm, "peak_bytes": peak, "moved_bytes": moved, "touched_bytes": touched}
     return Report(**values, seconds=seconds, expected_seconds=expected, collectives=hlo.total_by_kind(collectives))
+
+
+def _kernel_seconds(jaxpr: Any, chip: Chip) -> float:
+    """Of all Pallas kernels on one chip, from their FLOPs and the speed of their inner loops where it is known."""
+    known = sum(hlo.count_flops(jaxpr, {name}) * (1 / share - 1) for name, share in chip.kernels)
+    return (hlo.count_flops(jaxpr, hlo.KERNELS) + known) / chip.flops
 
 
 def hlo_text(compiled: Any) -> str:

@@ -18,6 +18,7 @@ FLOP_PRIMITIVES = KERNELS | {"dot_general", "conv_general_dilated"}
 
 def count_flops(jaxpr: Any, primitives: Set[str] = FLOP_PRIMITIVES) -> float:
     """FLOPs of a traced program on all devices: two for each multiplication of a matrix product or convolution.
+    `primitives`: those to count, or names of kernels.
 
     Includes recomputation for the backward pass and Pallas kernels; XLA's own count omits kernels, and counts the body
     of a loop once. Norms and other element-wise operations, a few per cent, are not counted.
@@ -28,7 +29,7 @@ def count_flops(jaxpr: Any, primitives: Set[str] = FLOP_PRIMITIVES) -> float:
 
 def _equation_flops(equation: Any, primitives: Set[str]) -> float:
     name, parameters = equation.primitive.name, equation.params
-    if name in FLOP_PRIMITIVES and name not in primitives:
+    if name in FLOP_PRIMITIVES and not primitives & {name, parameters.get("name")}:
         return 0.0
     if name == "dot_general":
         (contracted, _), _ = parameters["dimension_numbers"]

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from tav_jax.config import Remat
+from tav_jax.plan import install_command, is_pinned_compiler, pinned_compiler
 from tav_jax.plan.chips import GIB, topologies_of
-from tav_jax.plan.compile import Report, ReportCache, optimization_level
+from tav_jax.plan.compile import Report, ReportCache, optimization_level, package_version
 from tav_jax.plan.programs import Job
 
 # ------------------------------------------------------------------------------------------------------------ changes
@@ -100,7 +101,10 @@ def format_table(job: Job, reports: Sequence[Report], changes: dict[str, list[Ch
         ):
             lines.append(f"{report.name}, collectives per step: {kinds}")
     times = ", ".join(f"{report.name} {report.compile_seconds:.0f} s" for report in reports)
-    lines.append(f"Compiled in {times}{level and f', with JAX_OPTIMIZATION_LEVEL={level}'}.")
+    version = package_version("libtpu")
+    lines.append(f"Compiled with libtpu {version} in {times}{level and f', with JAX_OPTIMIZATION_LEVEL={level}'}.")
+    if not is_pinned_compiler(version):
+        lines.append(f"On a TPU, this JAX uses {pinned_compiler()}: `{install_command()}`.")
     for report in reports:
         if not report.fits:
             lines += ["", *_why_not(report, changes.get(report.name, []))]
@@ -151,6 +155,7 @@ def format_json(job: Job, reports: Sequence[Report], changes: dict[str, list[Cha
     """One line."""
     content = {"topology": job.topology.name, "chips": job.topology.chips}
     content |= {name: getattr(job, name) for name in ("frames", "height", "width", "remat")}
+    content |= {"libtpu": package_version("libtpu"), "pinned": pinned_compiler()}
     content |= {"optimization": optimization_level(), "fits": all(report.fits for report in reports)}
     content["functions"] = {report.name: report.to_dict() for report in reports}
     content["would_fit"] = {name: [[c.option, c.report.peak_bytes] for c in found] for name, found in changes.items()}
