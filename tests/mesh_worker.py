@@ -20,7 +20,7 @@ from tav_jax.training.trainer import Trainer
 REFERENCE = Path(__file__).parent / "reference"
 
 
-def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) -> None:
+def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False, methods: bool = False) -> None:
     root = REFERENCE / case
     with np.load(root / "reference.npz") as file:
         latents = np.moveaxis(file["latents_scaled_bcfhw"], -4, -1)  # [1, F, h, w, 4]
@@ -35,7 +35,7 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False) 
     inverted = tav.invert(latents, steps=4)
     edit, other = tav.sample(["blue", "a green square"], latents=inverted, steps=4, guidance=7.5)
     kept = tav.sample(["blue", "red"], latents=inverted, steps=4, guidance=7.5, strength=0.5)
-    extra = long_clip(tav, inverted) if frames < 24 else {}
+    extra = long_clip(tav, inverted) | edited(tav, latents) if methods else {}
     np.savez(
         out,
         **extra,
@@ -66,6 +66,18 @@ def long_clip(tav: TuneAVideo, latents: jax.Array) -> dict[str, np.ndarray]:
     tav.sample("red", latents=latents, guidance=5.0, **options)
     assert (programs.denoise_loop._cache_size(), programs.empty_cache._cache_size()) == compiled
     return {"long": np.concatenate([one.latents for one in long]), "reused": np.asarray(reused.latents)}
+
+
+def edited(tav: TuneAVideo, latents: np.ndarray) -> dict[str, np.ndarray]:
+    """Fixed-point inversion, and two-branch editing of two prompts with all controls."""
+    path = tav.invert(latents, steps=4, iterations=3, return_trajectory=True)
+    options = {"source": path, "source_prompt": "a red square", "inversion_steps": 4, "steps": 3, "guidance": 7.5}
+    options |= {"equalizer": {"blue": 3.0}, "blend_words": ("square",), "mask": np.linspace(np.zeros(16), 1, 16)}
+    # Cross-attention is controlled in two steps, self-attention and features in one; all are blended.
+    shares = {"self_attention_steps": 0.3, "feature_steps": 0.3, "cross_attention_steps": 0.6, "blend_start": 0.0}
+    edits = tav.sample(["a blue square", "a big green square"], **options, **shares)
+    clips = {name: np.concatenate([getattr(one, name) for one in edits]) for name in ("latents", "mask")}
+    return {"path": path, "residuals": tav.inversion_residuals, "controlled": clips["latents"], "masks": clips["mask"]}
 
 
 def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:
