@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import REFERENCE, refusal
 from flax import nnx
@@ -19,10 +20,12 @@ from jax.experimental import pallas as pl
 
 from benchmarks import plan_sweep
 from tav_jax import config, plan
+from tav_jax.diffusion import programs
 from tav_jax.errors import InputError, MissingError
 from tav_jax.models import Conditioning, UNet, UNetConfig
 from tav_jax.plan import compile, hlo, prepare_environment
-from tav_jax.plan.chips import GIB, parse_topology
+from tav_jax.plan import programs as plan_programs
+from tav_jax.plan.chips import GIB, Topology, parse_topology
 from tav_jax.plan.compile import Report, ReportCache, needed_bytes, package_version
 from tav_jax.plan.programs import Job, read_job
 from tav_jax.plan.report import find_changes, format_json, format_table
@@ -430,6 +433,32 @@ def test_windows_of_a_job():
     settings.clip.frames = 12
     with pytest.raises(InputError, match=r"edit.window is 16 frames and the clip has 12; use at most 12"):
         read_job(settings, parse_topology("v5e-8"))
+
+
+@pytest.mark.parametrize(("source", "reuse"), [(False, 1), (True, 2)])
+def test_planned_sampling_has_the_arguments_of_the_real_call(sd1, source, reuse, monkeypatch):
+    settings = config.get_config()
+    settings.model.path, settings.model.dtype = str(sd1.model), "float32"
+    settings.clip.update({"frames": 3, "height": 32, "width": 32})
+    settings.edit.update({"steps": 4, "inversion_steps": 4, "feature_reuse": reuse, "feature_steps": 0.5 * source})
+    monkeypatch.setattr(Topology, "devices", lambda _: jax.devices()[:1])
+    planned = plan_programs.build_program(read_job(settings, parse_topology("v5e-1")), "sample")
+
+    class CallError(Exception):
+        pass
+
+    def called(*arguments, **options):
+        raise CallError(arguments, options)
+
+    monkeypatch.setattr(programs, "denoise_loop", called)
+    trajectory = np.zeros((5, 1, 3, 8, 8, 4), np.float32)
+    branch = {"source": trajectory, "source_prompt": "red"} if source else {}
+    with pytest.raises(CallError) as caught:
+        sd1.tav.sample("blue", latents=trajectory[-1], steps=4, feature_reuse=reuse, progress=print, **branch)
+    arguments, options = caught.value.args
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), args[1:]) for args in (planned.arguments, arguments)]
+    assert kinds[0] == kinds[1]
+    assert {**options, "fixed_point": False} == {**planned.options, "fixed_point": False}
 
 
 def test_table_and_json():

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 
-from tav_jax.config import check_size
+from tav_jax.config import check_size, has_source_branch
 from tav_jax.diffusion import programs
+from tav_jax.diffusion.editing import Editing, StepControls
 from tav_jax.diffusion.samplers import DDIM, LoopState, get_sampler
 from tav_jax.diffusion.schedule import Prediction, Steps, prompted_steps
 from tav_jax.diffusion.windows import Window, check_length, windows_at_a_time
@@ -66,6 +67,8 @@ class Job:
     previews: bool
     window: tuple[int, ...] = ()  # of sampling and inversion
     train_window: int = 0
+    source_branch: bool = False  # two-branch editing: sampling has a row for the source
+    feature_reuse: int = 1
 
     def replace(self, **changes: Any) -> "Job":
         return replace(self, **changes)
@@ -110,6 +113,8 @@ def read_job(config: Any, topology: Topology) -> Job:
         previews=bool(config.train.preview_every and config.edit.prompts),
         window=tuple(config.edit.window),
         train_window=config.train.window,
+        source_branch=has_source_branch(config.edit),
+        feature_reuse=config.edit.feature_reuse,
     )
     return job.replace(remat=_choose_remat(job)) if job.remat == "auto" else job
 
@@ -256,20 +261,31 @@ def build_program(job: Job, name: str) -> Program:
         context = programs.jit_context(dtype, shapes.mesh)
         return Program(name, function, arguments, options, context, beside, steps, job_steps, shapes.shards(batch))
 
-    def denoise(count: int, guidance: bool, sampler: Any) -> Program:
-        steps, rows = programs.chunk_size(count), 2 if guidance else 1
+    def denoise(count: int, guidance: bool, sampler: Any, *, source: bool = False, feature_reuse: int = 1) -> Program:
+        steps, rows = programs.chunk_size(count), (2 if guidance else 1) + source
         window = Window(*job.window) if job.window and job.window[0] < job.frames else None
         data = shapes.mesh.shape["data"] if shapes.mesh else 1
         batch = rows * windows_at_a_time(rows, data) if window else rows
+        table = {name: shapes.array((steps,), dtype) for name, dtype in STEPS_DTYPES.items()}
+        state, editing = LoopState(shapes.tree(jax.eval_shape(sampler.init, latents))), None
+        if source:
+            editing, controls = _editing_shapes(shapes, latents.shape, text[0], steps)
+            carry = jax.eval_shape(lambda: editing.initial_state(model.unet))
+            table, state = table | {"controls": controls}, state._replace(denoiser=shapes.tree(carry))
         arguments = (
             nnx.merge(graph, trained, frozen),
-            LoopState(shapes.tree(jax.eval_shape(sampler.init, latents))),
+            state,
             Conditioning(shapes.array((rows, *text))),
-            Steps(**{name: shapes.array((steps,), dtype) for name, dtype in STEPS_DTYPES.items()}),
+            Steps(**table),
             shapes.array(()),
+            editing,
         )
-        options = {"sampler": sampler, "prediction": model.prediction, "use_guidance": guidance, "trajectory": False}
-        options["window"] = window
+        network = {"use_guidance": guidance, "window": window, "feature_reuse": feature_reuse}
+        options = {"sampler": sampler, "prediction": model.prediction, "trajectory": False, **network}
+        if feature_reuse > 1:
+            with programs.jit_context(dtype, shapes.mesh):
+                cache = jax.eval_shape(lambda *a: programs.empty_cache(*a, **network), *arguments)
+            arguments = (arguments[0], state._replace(denoiser=shapes.tree(cache)), *arguments[2:])
         return program(programs.denoise_loop, arguments, options, other_bytes, steps, count, batch)
 
     if name == "tune":
@@ -292,10 +308,25 @@ def build_program(job: Job, name: str) -> Program:
     if name == "invert":
         return denoise(job.inversion_steps, False, DDIM())
     if name == "sample":
-        return denoise(job.sampling_steps, job.guidance, get_sampler(job.sampler))
+        methods = {"source": job.source_branch, "feature_reuse": job.feature_reuse}
+        return denoise(job.sampling_steps, job.guidance, get_sampler(job.sampler), **methods)
     unet_bytes = size(trained) + size(frozen)
     options = {"batch_size": vae_batch}
     if name == "encode":
         frames = shapes.array((job.frames, job.height, job.width, 3), jnp.uint8)
         return program(programs.encode_frames, (vae, frames), options, unet_bytes + text_bytes, batch=vae_batch)
     return program(programs.decode_frames, (vae, latents), options, unet_bytes + other_bytes, batch=vae_batch)
+
+
+def _editing_shapes(shapes: Shapes, latents: tuple[int, ...], tokens: int, steps: int) -> tuple[Editing, StepControls]:
+    """The arrays of two-branch editing of one prompt."""
+    editing = Editing(
+        mapping=shapes.array((1, tokens, tokens)),
+        shared=shapes.array((1, tokens)),
+        equalizer=shapes.array((1, tokens)),
+        words=shapes.array((2, tokens)),
+        word_mask=shapes.array((), jnp.bool_),
+        mask=shapes.array((*latents[:-1], 1)),
+    )
+    switches, source = shapes.array((steps,), jnp.bool_), shapes.array((steps, *latents))
+    return editing, StepControls(switches, switches, switches, switches, source, source)
