@@ -43,7 +43,8 @@ class Recipe:
 
 
 OFF = {"self_attention_steps": 0.0, "feature_steps": 0.0, "cross_attention_steps": 0.0}
-BEST = {"guidance": 7.5, "self_attention_steps": 0.5, "feature_steps": 0.5, "cross_attention_steps": 0.2}
+BEST = {"guidance": 7.5, "self_attention_steps": 0.5, "feature_steps": 0.4, "cross_attention_steps": 0.2}
+PATH = {**BEST, "guidance": 6.0, "feature_steps": 0.45}
 RECIPES = (
     Recipe("plain", "plain Tune-A-Video, guidance 12.5", source=False, clips=CLIPS),
     Recipe("plain-dpm20", "plain, 20 steps of dpm++2m", {"sampler": "dpm++2m", "steps": 20}, source=False, clips=CLIPS),
@@ -56,6 +57,7 @@ RECIPES = (
     Recipe("words", "blend by words", OFF, shapes=True),
     Recipe("mask", "blend by the true mask", OFF, true_mask=True),
     Recipe("best", "best recipe", BEST, invert_with_prompt=True, clips=CLIPS),
+    Recipe("path", "best recipe, feature steps 0.45, guidance 6", PATH, invert_with_prompt=True, clips=CLIPS),
     Recipe(
         "best-dpm20",
         "best recipe, 20 steps of dpm++2m",
