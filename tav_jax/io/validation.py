@@ -144,8 +144,9 @@ def sampled_shape(frames: Any, size: Any, source: Sequence[int] | None, factor: 
         raise InputError("without latents, frames= and size=(height, width) say what to sample; give both")
     if frames < 1:
         raise InputError(f"frames is {frames}; at least 1 is needed")
-    check_size(*size, factor)
-    return frames, size[0] // factor, size[1] // factor
+    height, width = size
+    check_size(height, width, factor)
+    return frames, height // factor, width // factor
 
 
 def iterations(count: int) -> None:

@@ -266,7 +266,7 @@ def build_program(job: Job, name: str) -> Program:
         window = Window(*job.window) if job.window and job.window[0] < job.frames else None
         data = shapes.mesh.shape["data"] if shapes.mesh else 1
         batch = rows * windows_at_a_time(rows, data) if window else rows
-        table = {name: shapes.array((steps,), dtype) for name, dtype in STEPS_DTYPES.items()}
+        table: dict[str, Any] = {name: shapes.array((steps,), dtype) for name, dtype in STEPS_DTYPES.items()}
         state, editing = LoopState(shapes.tree(jax.eval_shape(sampler.init, latents))), None
         if source:
             editing, controls = _editing_shapes(shapes, latents.shape, text[0], steps)
