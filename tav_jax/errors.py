@@ -92,6 +92,12 @@ class WeightsError(TavError, ValueError):
     """Weights that cannot be used: a damaged file, another model family, missing tensors or wrong shapes."""
 
 
+class HubError(TavError, RuntimeError):
+    """A repository on the hub that cannot be written."""
+
+    exit_code = 1
+
+
 class ProcessLostError(TavError, RuntimeError):
     """Another process of a multi-process run has failed or does not respond."""
 

@@ -6,21 +6,18 @@ the clips by generated ones, and sizes and steps by options that are appended to
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import threading
 import tomllib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from hub_server import MODEL_ID, RENAMED, SETTINGS, Hub
 
 from tav_jax import Clip
 from tav_jax.cli import main
@@ -30,7 +27,6 @@ from tests.conftest import REFERENCE, with_libtpu
 ROOT = Path(__file__).parent.parent
 README, LAUNCH_README = (ROOT / "README.md").read_text(), (ROOT / "launch/README.md").read_text()
 MODEL = REFERENCE / "sd1" / "model"
-MODEL_ID = "CompVis/stable-diffusion-v1-4"
 BIN = Path(sys.executable).parent
 
 # Appended to a documented `tav` command, so that it runs on a tiny model in seconds.
@@ -67,84 +63,7 @@ def commands_of(program: str, *arguments: str) -> list[list[str]]:
     return [words for words in COMMANDS if words[: 1 + len(arguments)] == [program, *arguments]]
 
 
-# --------------------------------------------------------------------------------------------- the stand-in for the hub
-
-
-RENAMED = "CompVis/old-name"  # to MODEL_ID
-UNKNOWN = 401, {"X-Error-Code": "RepoNotFound"}  # what the hub answers to a user who is not logged in
-REFUSED = {  # owner → status and headers
-    "gated": (403, {"X-Error-Code": "GatedRepo"}),
-    "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
-    "down": (503, {}),
-}
-
-
-class Hub:
-    """Serves one model repository on 127.0.0.1, with the requests that `hf download` and `snapshot_download` make.
-    Other repositories are refused as on the hub."""
-
-    commit = "1" * 40
-
-    def __init__(self, files: dict[str, bytes]):
-        self.files, self.fetched = files, []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self):
-                self.answer(body=False)
-
-            def do_GET(self):
-                self.answer(body=True)
-
-            def answer(self, *, body: bool):
-                status, headers, content = hub.respond(unquote(urlsplit(self.path).path), body)
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if body:
-                    self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def respond(self, path: str, body: bool) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content of a request."""
-        if RENAMED in path:
-            return 307, {"Location": path.replace(RENAMED, MODEL_ID)}, b""
-        if path == f"/api/models/{MODEL_ID}/revision/main":
-            siblings = [{"rfilename": name} for name in self.files]
-            return self.json({"id": MODEL_ID, "modelId": MODEL_ID, "sha": self.commit, "siblings": siblings})
-        if path.startswith(f"/api/models/{MODEL_ID}/tree/"):
-            return self.json(
-                [
-                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for name, content in self.files.items()
-                ]
-            )
-        match = re.fullmatch(rf"/{MODEL_ID}/resolve/(?:main|{self.commit})/(.+)", path)
-        if match and (content := self.files.get(match[1])) is not None:
-            if body:
-                self.fetched.append(match[1])
-            return 200, {"X-Repo-Commit": self.commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
-        if match:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        owner = path.removeprefix("/api/models").split("/")[1]
-        return *REFUSED.get(owner, UNKNOWN), b""
-
-    @staticmethod
-    def json(value) -> tuple[int, dict[str, str], bytes]:
-        return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+# --------------------------------------------------------------------------------------------- the hub and the commands
 
 
 NEEDED = {str(path.relative_to(MODEL)): path for path in MODEL.rglob("*") if path.is_file()}
@@ -190,7 +109,7 @@ def run(hub, tmp_path_factory):
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(ROOT)
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(place / "hub"), "NO_PROXY": "127.0.0.1"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    environment |= SETTINGS
 
     def run(*words: str) -> subprocess.CompletedProcess:
         words = [sys.executable, "-m", "tav_jax", *words[1:]] if words[0] == "tav" else [BIN / words[0], *words[1:]]

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from tav_jax import TuneAVideo
-from tav_jax.cli.main import main
 from tav_jax.errors import InputError, WeightsError
 from tav_jax.io import export
 from tav_jax.io.diffusers_layout import Layout
@@ -69,7 +68,6 @@ def test_the_readme_says_how_to_load_it(exported):
     assert 'save_pretrained("video-2d", two_d=True)' in video
     assert 'StableDiffusionPipeline.from_pretrained("images")' in images
     assert "The temporal layers are dropped" in images
-    assert 'base_model: "CompVis/sd"\n' in export.readme("CompVis/sd", "x", "", two_d=False)
 
 
 def test_the_2d_export_has_no_temporal_layers(exported):
@@ -95,13 +93,6 @@ def test_diffusers_opens_the_2d_export(request, tmp_path, name, dtype):
     without = TuneAVideo.from_pretrained(tmp_path / "out", dtype="float32", temporal_attention=False)
     ours = without.unet(x, np.array([321]), text)[:, 0]
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=2e-5)
-
-
-def test_the_command(sd1, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(TuneAVideo, "restore", lambda *_, **__: sd1.tav)
-    assert main(["export", f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", "--two-d"]) == 0
-    assert "out, without the temporal layers." in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 
 
 # -------------------------------------------------------------------------------------------------------------- links

@@ -40,7 +40,7 @@ examples:
   tav edit   --workdir=runs/ski --prompt="spider man is skiing on the beach, cartoon style"
   tav web    --workdir=runs
   tav score  --workdir=runs/ski --clip
-  tav export --workdir=runs/ski --out=spider-ski
+  tav export --workdir=runs/ski --out=spider-ski --push=user/spider-ski
   tav plan   --config=man_skiing --topology=v5e-8
 """
 SCORE = """\
@@ -195,6 +195,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="use the checkpoint of this step (default: the newest)")
     two_d = "write a plain Stable Diffusion that Diffusers opens: without the temporal layers, it generates images"
     export.add_argument("--two-d", action="store_true", help=two_d)
+    push = "also upload it to this repository of the Hugging Face hub, which is made if it does not exist"
+    export.add_argument("--push", metavar="USER/NAME", help=push)
+    export.add_argument("--private", action="store_true", help="make a private repository, with --push")
 
     summary = "report whether a run fits a TPU, without having one"
     settings = SETTINGS + "  --config.model.path=sd1      or sd2, a directory, or a hub id that contains either"

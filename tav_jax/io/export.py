@@ -12,78 +12,13 @@ from safetensors.numpy import save_file
 from tav_jax.errors import InputError
 from tav_jax.io import paths
 from tav_jax.io.diffusers_layout import CONFIGS
+from tav_jax.io.model_card import Origin, model_card
 from tav_jax.io.tokenizer import load_tokenizer, save_tokenizer
 from tav_jax.io.weights import TEMPORAL, Components, torch_tensors
 
 CLASSES = {
     True: ("StableDiffusionPipeline", "UNet2DConditionModel"),
     False: ("TuneAVideoPipeline", "UNet3DConditionModel"),
-}
-
-README = """\
----
-{base_model}library_name: diffusers
-tags: [{tags}]
----
-
-# {title}
-
-{summary}
-
-| | |
-|---|---|
-| base model | {base} |
-| prompt of the tuning | {prompt} |
-| written by | [tav_jax](https://arxiv.org/abs/2212.11565) {version}, an implementation of Tune-A-Video |
-
-{usage}"""
-VIDEO_USAGE = """\
-## Load it
-
-With tav_jax:
-
-```python
-from tav_jax import TuneAVideo
-
-tav = TuneAVideo.from_pretrained("{name}")
-tav.sample({prompt!r}, frames=24, size=(512, 512)).save("sample.mp4")
-```
-
-With the [official code](https://github.com/showlab/Tune-A-Video), whose names the UNet's tensors have:
-
-```python
-from tuneavideo.models.unet import UNet3DConditionModel
-from tuneavideo.pipelines.pipeline_tuneavideo import TuneAVideoPipeline
-
-unet = UNet3DConditionModel.from_pretrained("{name}", subfolder="unet")
-pipeline = TuneAVideoPipeline.from_pretrained({base!r}, unet=unet)
-```
-
-With Diffusers, which has no 3D UNet of this kind, load the 2D part (no temporal layers; it generates images):
-
-```python
-TuneAVideo.from_pretrained("{name}").save_pretrained("{name}-2d", two_d=True)  # or: tav export --two-d
-
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("{name}-2d")
-```
-"""
-TWO_D_USAGE = """\
-## Load it
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipeline = StableDiffusionPipeline.from_pretrained("{name}")
-pipeline({prompt!r}).images[0].save("sample.png")
-```
-
-`TuneAVideo.from_pretrained("{name}")` of tav_jax adds new temporal layers to it, which can be tuned on another clip.
-"""
-SUMMARY = {
-    False: "A Stable Diffusion pipeline whose UNet is inflated to video, with temporal layers, and tuned on one clip.",
-    True: "The 2D part of a Stable Diffusion pipeline that was tuned on one clip. The temporal layers are dropped: it "
-    "generates images, not videos.",
 }
 
 
@@ -97,7 +32,14 @@ def check_target(directory: str | Path) -> Path:
 
 
 def save(
-    components: Components, directory: str | Path, *, tokenizer: Any = None, prompt: str = "", two_d: bool = False
+    components: Components,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    prompt: str = "",
+    two_d: bool = False,
+    repository: str = "",
+    origin: Origin | None = None,
 ) -> None:
     """Write a pipeline directory in the Diffusers layout, with the 3D UNet of the official code, which can load it, or
     with `two_d` a plain Stable Diffusion without the temporal layers.
@@ -119,7 +61,9 @@ def save(
             _write_json(scratch / part / CONFIGS[part], unet_config(config, two_d) if part == "unet" else config)
         save_tokenizer(tokenizer, scratch / "tokenizer")
         _write_json(scratch / "model_index.json", _model_index(layout.configs["scheduler"], two_d))
-        (scratch / "README.md").write_text(readme(layout.source, target.name, prompt, two_d=two_d), "utf-8")
+        name = repository or target.name
+        card = model_card(layout.source, layout.root, name, prompt, two_d=two_d, origin=origin or Origin())
+        (scratch / "README.md").write_text(card, "utf-8")
         for part in ("unet", "vae", "text_encoder"):
             file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
             tensors = torch_tensors(getattr(components, part), part, old_vae_names=components.old_vae_names)
@@ -158,23 +102,6 @@ def _model_index(scheduler: Mapping[str, Any], two_d: bool) -> dict[str, Any]:
         "vae": ["diffusers", "AutoencoderKL"],
         **(without if two_d else {}),
     }
-
-
-def readme(base: str, name: str, prompt: str, *, two_d: bool) -> str:
-    from tav_jax import __version__
-
-    is_hub_id = base.count("/") == 1 and "://" not in base
-    values = {"name": name, "base": base or "the base model", "prompt": prompt or "a prompt"}
-    return README.format(
-        base_model=f"base_model: {json.dumps(base)}\n" if is_hub_id else "",
-        tags="text-to-image, tune-a-video" if two_d else "text-to-video, tune-a-video",
-        title=name,
-        summary=SUMMARY[two_d],
-        base=base or "unknown",
-        prompt=json.dumps(prompt, ensure_ascii=False).replace("|", "\\|") if prompt else "unknown",
-        version=__version__,
-        usage=(TWO_D_USAGE if two_d else VIDEO_USAGE).format(**values),
-    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
