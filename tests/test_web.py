@@ -31,7 +31,7 @@ from tav_jax.web.jobs import ENDED, MAX_QUEUED, Job, JobQueue
 from tav_jax.web.runs import Workspace
 
 SHELL = ("/bin/sh", "-c")  # as the program: the argument of a job is a script
-STOPPABLE = "trap 'echo tav: stopped; exit 75' TERM; echo begun; sleep 60 & wait"
+STOPPABLE = "trap 'echo tav: stopped; exit 75' TERM; echo begun; while :; do sleep 0.1; done"
 HOSTILE = "it's \"quoted\" $(touch x) `touch y`; ('a', 1) --config.seed=3 \\ é"
 
 
