@@ -57,8 +57,8 @@ def score(
         clip: directory or hub id of a CLIP model, or a loaded one (`tav_jax.io.clip.load_clip`).
         pick: the same for PickScore, `"yuvalkirstain/PickScore_v1"`.
         source_prompt: the prompt of the source, for `frame_accuracy`.
-        source, mask: the clip that was edited, as `frames`, and `[F, H, W]` or `[H, W]` from 0 to 1, which is 1 where
-            the edit may differ from it, for `background_psnr`.
+        source: the clip that was edited, as `frames`, for `background_psnr`.
+        mask: `[F, H, W]` or `[H, W]` from 0 to 1, which is 1 where the edit may differ from the source.
     """
     frames = _as_frames(frames, "frames")
     if (source is None) != (mask is None):
