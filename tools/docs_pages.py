@@ -1,4 +1,4 @@
-"""A hook of MkDocs: makes pages of README.md and other documents outside of docs/, and adapts the links of all pages."""
+"""A hook of MkDocs: makes pages of README.md and other documents outside of docs/, and adapts all links."""
 
 import posixpath
 import re
