@@ -43,11 +43,12 @@ class Recipe:
 
 
 OFF = {"self_attention_steps": 0.0, "feature_steps": 0.0, "cross_attention_steps": 0.0}
-BEST = {"guidance": 7.5, "self_attention_steps": 0.5, "feature_steps": 0.4, "cross_attention_steps": 0.2}
-PATH = {**BEST, "guidance": 6.0, "feature_steps": 0.45}
+BEST = {"guidance": 6.0, "self_attention_steps": 0.5, "feature_steps": 0.45, "cross_attention_steps": 0.2}
+STRONG = {**BEST, "guidance": 7.5, "feature_steps": 0.4}
+DPM20 = {"sampler": "dpm++2m", "steps": 20}
 RECIPES = (
     Recipe("plain", "plain Tune-A-Video, guidance 12.5", source=False, clips=CLIPS),
-    Recipe("plain-dpm20", "plain, 20 steps of dpm++2m", {"sampler": "dpm++2m", "steps": 20}, source=False, clips=CLIPS),
+    Recipe("plain-dpm20", "plain, 20 steps of dpm++2m", DPM20, source=False, clips=CLIPS),
     Recipe("plain-7.5", "plain, guidance 7.5", {"guidance": 7.5}, source=False, clips=CLIPS),
     Recipe("inversion-prompt", "plain, inversion with the prompt", source=False, invert_with_prompt=True),
     Recipe("fixed-point", "plain, 5 fixed-point iterations", source=False, iterations=5),
@@ -57,14 +58,9 @@ RECIPES = (
     Recipe("words", "blend by words", OFF, shapes=True),
     Recipe("mask", "blend by the true mask", OFF, true_mask=True),
     Recipe("best", "best recipe", BEST, invert_with_prompt=True, clips=CLIPS),
-    Recipe("path", "best recipe, feature steps 0.45, guidance 6", PATH, invert_with_prompt=True, clips=CLIPS),
-    Recipe(
-        "best-dpm20",
-        "best recipe, 20 steps of dpm++2m",
-        {**BEST, "sampler": "dpm++2m", "steps": 20},
-        invert_with_prompt=True,
-        clips=CLIPS,
-    ),
+    Recipe("best-dpm20", "best recipe, 20 steps of dpm++2m", {**BEST, **DPM20}, invert_with_prompt=True, clips=CLIPS),
+    Recipe("strong", "with feature steps 0.4, guidance 7.5", STRONG, invert_with_prompt=True),
+    Recipe("strong-dpm20", "the same, 20 steps of dpm++2m", {**STRONG, **DPM20}, invert_with_prompt=True),
     Recipe("best-mask", "best recipe and the true mask", BEST, invert_with_prompt=True, true_mask=True),
 )
 
