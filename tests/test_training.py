@@ -21,7 +21,7 @@ from tav_jax.training.train_step import Hyperparameters, TrainExample, TrainStat
 
 pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
 
-NAMES = CHOICES["train.remat"]
+NAMES = [name for name in CHOICES["train.remat"] if name != "auto"]
 SMALL = UNetConfig(
     block_out_channels=(8, 16),
     layers_per_block=1,
@@ -128,7 +128,7 @@ def test_each_remat_policy_keeps_less_than_the_one_before(capsys):
 
 def test_remat_names():
     assert (remat_name(True), remat_name(False), remat_name("level")) == ("block", "none", "level")
-    with pytest.raises(InputError, match=r"remat is 'blocks'; it must be one of none, products, .*"):
+    with pytest.raises(InputError, match=r"remat is 'blocks'; it must be one of auto, none, products, .*"):
         remat_name("blocks")
 
 
