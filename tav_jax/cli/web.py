@@ -71,7 +71,8 @@ def exposure(where: str) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse an address that the server cannot listen on; if the port is in use, name one that is free."""
+    """Refuse an address that Gradio cannot listen on, before it is imported; if the port is in use, name one that is
+    free. The address is bound and released at once: nothing listens here."""
     if not 1 <= port <= 65535:
         raise InputError(f"--port is {port}; it must be 1 to 65535")
     try:
