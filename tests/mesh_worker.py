@@ -14,7 +14,7 @@ from tav_jax import TuneAVideo
 from tav_jax.diffusion import programs
 from tav_jax.models import Conditioning
 from tav_jax.plan import hlo
-from tav_jax.training.train_step import Hyperparameters
+from tav_jax.training.train_step import Hyperparameters, Replay
 from tav_jax.training.trainer import Trainer
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -30,16 +30,20 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False, 
     tav = TuneAVideo.from_pretrained(root / "model", dtype="float32", mesh=tuple(mesh))
     assert (tav.mesh.size if tav.mesh else 1) == mesh[0] * mesh[1]
     noise = rng.normal(size=(3, *latents.shape[1:])).astype(np.float32)
-    largest = largest_shard(tav) if fsdp else 1.0
-    result = tav.replay(latents, "a red square is moving", timesteps=[40, 500, 900], noise=noise, learning_rate=1e-3)
+    data, text = Replay(latents, np.array([40, 500, 900]), noise), tav.encode_text("a red square is moving")
+    trainer = Trainer(tav, data, text, hyper=Hyperparameters(learning_rate=1e-3), fsdp=fsdp)
+    result = trainer.run(3, show_bar=False)
     inverted = tav.invert(latents, steps=4)
     edit, other = tav.sample(["blue", "a green square"], latents=inverted, steps=4, guidance=7.5)
-    kept = tav.sample(["blue", "red"], latents=inverted, steps=4, guidance=7.5, strength=0.5)
+    report = {"largest_shard": largest_shard(trainer)}
     extra = long_clip(tav, inverted) | edited(tav, latents) if methods else {}
+    if not fsdp:
+        kept = tav.sample(["blue", "red"], latents=inverted, steps=4, guidance=7.5, strength=0.5)
+        extra["kept"] = np.concatenate([one.latents for one in kept])
+        report |= {"gathered": most_gathered(tav, latents), "latents": latents.nbytes}
     np.savez(
         out,
         **extra,
-        kept=np.concatenate([one.latents for one in kept]),
         losses=result.losses,
         norms=result.grad_norms,
         inverted=inverted,
@@ -52,8 +56,7 @@ def main(case: str, mesh: list[int], frames: int, out: str, fsdp: bool = False, 
     for x in (inverted, tav.components.unet.conv_in.kernel.get_value()):
         shards = [np.asarray(shard.data) for shard in x.addressable_shards]
         assert all(np.array_equal(shards[0], shard) for shard in shards)
-    report = {"devices": jax.device_count(), "largest_shard": largest}
-    print(json.dumps(report | {"gathered": most_gathered(tav, latents), "latents": latents.nbytes}))
+    print(json.dumps(report))
 
 
 def long_clip(tav: TuneAVideo, latents: jax.Array) -> dict[str, np.ndarray]:
@@ -90,14 +93,10 @@ def most_gathered(tav: TuneAVideo, latents: np.ndarray) -> int:
     return max((one.bytes for one in found if one.kind == "all-gather"), default=0)
 
 
-def largest_shard(tav: TuneAVideo) -> float:
-    """After two steps with `fsdp`: the largest share of a divisible trained array that one device holds."""
-    posterior = tav.posterior(np.zeros((tav.mesh.size, 32, 32, 3), np.uint8))
-    trainer = Trainer(tav, posterior, tav.encode_text("red"), hyper=Hyperparameters(), fsdp=True)
-    for step in range(2):
-        trainer.state, metrics = trainer.step_fn(trainer.state, step)
-    assert np.isfinite(metrics.loss)
-    arrays = [x for x in jax.tree.leaves(trainer.state) if any(n % tav.mesh.size == 0 for n in x.shape)]
+def largest_shard(trainer: Trainer) -> float:
+    """The largest share that one device holds of a trained array that its mesh divides."""
+    devices = trainer.tav.mesh.size if trainer.tav.mesh else 1
+    arrays = [x for x in jax.tree.leaves(trainer.state) if any(n % devices == 0 for n in x.shape)]
     return max(x.addressable_shards[0].data.size / x.size for x in arrays)
 
 

@@ -379,7 +379,7 @@ def test_files_and_scales():
 def test_the_documentation(updates, tmp_path, monkeypatch):
     """The command of docs/WEIGHTS.md is valid, and its Python code runs on a tiny model."""
     document = (Path(__file__).parents[1] / "docs/WEIGHTS.md").read_text()
-    shell, code = re.findall(r"^```(?:bash|python)\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    shell, code, *_publishing = re.findall(r"^```(?:bash|python)\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
     tav, train, workdir, *options = shlex.split(shell.replace("\\\n", " "))
     assert (tav, train, workdir) == ("tav", "train", "--workdir=runs/ski")
     config = read_config(options)
