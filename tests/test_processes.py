@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REFERENCE, difference
+from conftest import QUICK, REFERENCE, difference
 from safetensors.numpy import load_file
 
 from tav_jax import Clip, InputError, TuneAVideo
@@ -24,7 +24,6 @@ from tav_jax.io import weights
 pytestmark = pytest.mark.slow  # most of these tests compile a UNet or start processes
 
 WORKER = str(Path(__file__).parent / "processes_worker.py")
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 
 
 def free_port() -> int:
