@@ -64,7 +64,8 @@ def executed(tmp_path_factory):
     startup.write_text(STARTUP.format(clip=str(clip)))
     notebook.cells.append(nbformat.v4.new_code_cell(RESULTS_CELL))
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        for variable in ("HF_HUB_OFFLINE", "XLA_FLAGS"):
+            patch.delenv(variable, raising=False)
         network = {"HF_ENDPOINT": hub.endpoint, "NO_PROXY": "127.0.0.1", **SETTINGS}
         own = {"TMPDIR": place, "IPYTHONDIR": place / "ipython", "HF_HOME": place / "hub"}  # not the user's files
         for variable, value in {**network, **own}.items():
@@ -145,7 +146,7 @@ def test_clips_are_shown_as_videos(executed):
 def test_the_loss_of_each_step_is_plotted(executed):
     notebook, results = executed
     losses, cell = results["losses"], code_cells(notebook)["losses"]
-    assert len(losses) == results["steps"] == 40
+    assert len(losses) == results["steps"] == 100
     (plot,) = (out.data["image/svg+xml"] for out in cell.outputs if "data" in out)
     line = re.search(r'<g id="losses">\s*<path d="([^"]+)"', plot)
     assert line is not None
