@@ -469,7 +469,7 @@ def test_upload_tune_edit_cancel_and_restart(tmp_path, square_clip):
         painted = {"background": None, "layers": [handle_file(str(tmp_path / "layer.png"))], "composite": None}
         fields = [0.5, 3.0, 2, 2, "ddim", "", "", 0, 0, 0, "", "", 0.0]
         server.refuses("there is no run", "edit", "../red", "a", False, None, False, *fields)
-        command = server.call("edit", "red", "blue square\ngreen square", True, painted, False, *fields)[-1]
+        command = server.call("edit", "red", "blue square\ngreen square", True, painted, False, *fields)
         until(lambda: state(root)[-1] == ("edit", "finished"), 300)
         words = shlex.split(command)
         assert words[:3] == ["tav", "edit", f"--workdir={root}/red"]
