@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK, difference, with_libtpu
+from conftest import difference, with_libtpu
 
 from tav_jax import InputError, TuneAVideo, kernels
 from tav_jax.kernels import frame_attention
@@ -92,7 +92,7 @@ def test_splash_is_the_formula_for_lengths_that_are_padded(attention):
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "frames", "batch"), [(1, 4, 1), (2, 2, 2), (2, 2, 1)])
 def test_the_kernel_on_a_mesh(data, frames, batch):
-    flags = f"{QUICK} --xla_force_host_platform_device_count={data * frames}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={data * frames}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     line = [sys.executable, str(WORKER), str(data), str(frames), str(batch)]
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)

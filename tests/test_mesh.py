@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK
 
 from tav_jax import InputError, TuneAVideo, config
 from tav_jax.distributed import sharding
@@ -21,7 +20,7 @@ WORKER = Path(__file__).parent / "mesh_worker.py"
 
 def numbers(folder: Path, case: str, mesh: tuple[int, int], frames: int, devices: int, **options) -> dict:
     out = folder / f"{case}-{mesh}-{frames}.npz"
-    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     line = [sys.executable, str(WORKER), case, json.dumps(mesh), str(frames), str(out), json.dumps(options)]
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)

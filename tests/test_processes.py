@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK, REFERENCE, difference
+from conftest import REFERENCE, difference
 from safetensors.numpy import load_file
 
 from tav_jax import Clip, InputError, TuneAVideo
@@ -37,7 +37,7 @@ class Processes:
     def __init__(self, count: int = 2, **environment: str):
         self.count, self.port = count, free_port()
         plain = {k: v for k, v in os.environ.items() if not k.startswith("TAV_")}
-        self.environment = {**plain, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, **environment}
+        self.environment = {**plain, "JAX_PLATFORMS": "cpu", **environment}
         if count > 1:
             self.environment |= {"TAV_COORDINATOR": f"localhost:{self.port}", "TAV_PROCESSES": str(count)}
         self.running: dict[int, subprocess.Popen] = {}
