@@ -61,7 +61,7 @@ RECIPES = (
     Recipe("best-dpm20", "best recipe, 20 steps of dpm++2m", {**BEST, **DPM20}, invert_with_prompt=True, clips=CLIPS),
     Recipe("strong", "with feature steps 0.4, guidance 7.5", STRONG, invert_with_prompt=True),
     Recipe("strong-dpm20", "the same, 20 steps of dpm++2m", {**STRONG, **DPM20}, invert_with_prompt=True),
-    Recipe("best-mask", "best recipe and the true mask", BEST, invert_with_prompt=True, true_mask=True),
+    Recipe("best-mask", "best recipe and the true mask", BEST, invert_with_prompt=True, true_mask=True, clips=CLIPS),
 )
 
 

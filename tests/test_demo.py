@@ -162,7 +162,7 @@ def test_the_command_needs_no_home_no_display_and_no_network(tmp_path):
     environment = {
         "PATH": os.environ["PATH"],
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "http_proxy": "http://127.0.0.1:9",  # refuses connections
         "https_proxy": "http://127.0.0.1:9",
     }
