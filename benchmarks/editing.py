@@ -43,9 +43,11 @@ class Recipe:
 
 
 OFF = {"self_attention_steps": 0.0, "feature_steps": 0.0, "cross_attention_steps": 0.0}
-BEST = {"guidance": 6.0, "self_attention_steps": 0.5, "feature_steps": 0.45, "cross_attention_steps": 0.2}
+BEST = {"guidance": 4.0, "self_attention_steps": 0.5, "feature_steps": 0.35, "cross_attention_steps": 0.2}
+GUIDANCE_6 = {**BEST, "guidance": 6.0, "feature_steps": 0.45}
 STRONG = {**BEST, "guidance": 7.5, "feature_steps": 0.4}
 DPM20 = {"sampler": "dpm++2m", "steps": 20}
+DPM20_LABEL = "the same, 20 steps of dpm++2m"
 RECIPES = (
     Recipe("plain", "plain Tune-A-Video, guidance 12.5", source=False, clips=CLIPS),
     Recipe("plain-dpm20", "plain, 20 steps of dpm++2m", DPM20, source=False, clips=CLIPS),
@@ -59,9 +61,11 @@ RECIPES = (
     Recipe("mask", "blend by the true mask", OFF, true_mask=True),
     Recipe("best", "best recipe", BEST, invert_with_prompt=True, clips=CLIPS),
     Recipe("best-dpm20", "best recipe, 20 steps of dpm++2m", {**BEST, **DPM20}, invert_with_prompt=True, clips=CLIPS),
-    Recipe("strong", "with feature steps 0.4, guidance 7.5", STRONG, invert_with_prompt=True),
-    Recipe("strong-dpm20", "the same, 20 steps of dpm++2m", {**STRONG, **DPM20}, invert_with_prompt=True),
-    Recipe("best-mask", "best recipe and the true mask", BEST, invert_with_prompt=True, true_mask=True, clips=CLIPS),
+    Recipe("guidance-6", "feature steps 0.45, guidance 6", GUIDANCE_6, invert_with_prompt=True, clips=CLIPS),
+    Recipe("guidance-6-dpm20", DPM20_LABEL, {**GUIDANCE_6, **DPM20}, invert_with_prompt=True, clips=CLIPS),
+    Recipe("guidance-6-mask", "the same and the true mask", GUIDANCE_6, invert_with_prompt=True, true_mask=True),
+    Recipe("strong", "feature steps 0.4, guidance 7.5", STRONG, invert_with_prompt=True),
+    Recipe("strong-dpm20", DPM20_LABEL, {**STRONG, **DPM20}, invert_with_prompt=True),
 )
 
 
